@@ -1,0 +1,521 @@
+"""The whole run as one frozen, typed tree: load a recipe, apply overrides, dump, fingerprint.
+
+Order of precedence: defaults here, then the recipe (and what it extends), then `a.b.c=value`
+from the command line; nothing else, no environment variables. Imports neither torch nor anything
+else that is slow, so that a login node can check a recipe in well under a second.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PACKAGE_DIR = Path(__file__).parent
+RECIPE_DIR = PACKAGE_DIR / "recipes"
+ASSET_DIR = PACKAGE_DIR / "assets"
+FROM_MODEL = "model"  # `init_from` of a stage that starts from the base model
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message says what to change."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class RandomModelConfig(_Strict):
+    """A Qwen2-VL with random weights, for the quickstart's backbone and for tests."""
+
+    hidden_size: Positive = 128
+    num_layers: Positive = 2
+    num_heads: Positive = 4
+    num_key_value_heads: Positive = 2
+    intermediate_size: Positive = 352
+    vision_width: Positive = 96
+    vision_layers: Positive = 2
+    vision_heads: Positive = 4
+    patch_size: Positive = 8
+
+
+class ModelConfig(_Strict):
+    """The backbone: a Hugging Face folder, or random weights of a given shape."""
+
+    path: str | None = None  # folder, `asset:NAME`, or the name of a model in the local hub cache
+    random: RandomModelConfig | None = None
+    tokenizer: str | None = None  # folder; default: the same as `path`
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention_backend: Literal["auto", "dense", "split"] = "auto"
+    bridge_token: str = "<|im_end|>"  # EOS: the embedding is read from it
+    mask_token: str = "<|mask|>"  # added to the tokenizer where it has none
+    checkpoint_activations: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.path is None) == (self.random is None):
+            raise ValueError("give exactly one of `path` and `random`")
+        if self.random is not None and self.tokenizer is None:
+            raise ValueError("`random` weights need a `tokenizer`")
+        return self
+
+
+class ImageConfig(_Strict):
+    """How pictures become patches. Pixels are counted after resizing (Qwen2-VL's rule)."""
+
+    min_pixels: Positive = 32 * 32
+    max_pixels: Positive = 32 * 32
+    max_decoded_pixels: Positive = 100_000_000  # a larger picture is refused before decoding
+    augment_shift: Ratio = 0.0  # largest shift, as a share of the side
+    augment_brightness: Ratio = 0.0  # largest darkening, as a share
+    cache_bytes: NotNegative = 256 * 2**20  # decoded pictures kept by each process
+
+
+class DataConfig(_Strict):
+    """What all stages share about data."""
+
+    tokens_per_pack: Positive = 8192
+    patches_per_pack: Positive = 32768
+    max_text_tokens: Positive = 48  # longer texts are cut, and counted
+    image: ImageConfig = ImageConfig()
+    num_workers: NotNegative = 0  # loader processes a rank; 0 loads in the rank itself
+    bad_record_limit: NotNegative = 100  # the run stops when more records could not be used
+    log_sample_ids: bool = False
+
+
+class AttentionConfig(_Strict):
+    """The attention rule of a stage; see segments.py."""
+
+    rule: Literal["bidirectional", "causal", "eos_bridged", "compression"] = "bidirectional"
+    bridge_sees_target: bool = True
+    target_causal: bool = False
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_rule(self) -> "AttentionConfig":
+        changed = not self.bridge_sees_target or self.target_causal
+        if changed and self.rule != "eos_bridged":
+            raise ValueError(
+                f"bridge_sees_target and target_causal are options of eos_bridged, not {self.rule}"
+            )
+        return self
+
+    def options(self) -> dict[str, bool]:
+        """Return the options that `segments.attention_rule` takes for this rule."""
+        if self.rule != "eos_bridged":
+            return {}
+        return {
+            "bridge_sees_target": self.bridge_sees_target,
+            "target_causal": self.target_causal,
+        }
+
+
+class ReconstructionConfig(_Strict):
+    """Masked text cross-entropy and masked patch error."""
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    text_mask_ratio: Ratio = 0.2
+    image_mask_ratio: Ratio = 0.0
+    image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    label_shift: bool = True  # predict a masked token from the hidden state before it
+    normalise_patches: bool = False  # per-patch normalised targets
+
+
+class NextTokenConfig(_Strict):
+    """Next-token cross-entropy over the supervised tokens."""
+
+    kind: Literal["next_token"] = "next_token"
+
+
+class ContrastiveConfig(_Strict):
+    """InfoNCE over the candidates of all ranks."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    temperature: Annotated[float, Field(gt=0.0)] = 0.05
+    symmetric: bool = False  # also target to query
+    mask_false_negatives: bool = True
+
+
+ObjectiveConfig = Annotated[
+    ReconstructionConfig | NextTokenConfig | ContrastiveConfig, Field(discriminator="kind")
+]
+
+
+class SourceConfig(_Strict):
+    """One data set of a blend."""
+
+    path: str  # folder of Arrow shards, or `asset:NAME`
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    limit: Positive | None = None  # use the first records only
+
+
+class StageDataConfig(_Strict):
+    """Which records a stage sees and how a record becomes a sample."""
+
+    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    view: Literal["caption", "bridged", "language", "pair"]
+    keywords: Literal["sample", "all", "none"] = "sample"
+    image_share: Ratio = 1.0  # share of samples with a picture (`language`, `bridged`)
+    instruction: str = ""  # in front of the query of a pair
+
+
+class OptimizerConfig(_Strict):
+    """AdamW (arXiv 1711.05101) and its learning rate over the stage."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: NotNegative = 0
+    betas: tuple[Ratio, Ratio] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0.0)] = 1.0e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class AdapterConfig(_Strict):
+    """A low-rank adapter, trained instead of the weights and merged at the stage's end."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: Positive = 8
+    alpha: Positive = 64
+    dropout: Ratio = 0.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class StageConfig(_Strict):
+    """One stage: a rule, an objective, data, and how long."""
+
+    init_from: str = FROM_MODEL  # `model` or an earlier stage
+    attention: AttentionConfig = AttentionConfig()
+    objective: ObjectiveConfig
+    data: StageDataConfig
+    batch_size: Positive  # records a step, over all ranks
+    steps: Positive
+    optimizer: OptimizerConfig
+    adapter: AdapterConfig | None = None
+    pooling: Literal["last", "mean"] = "last"
+    freeze_vision: bool = False
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "StageConfig":
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than the "
+                f"{self.steps} steps of the stage"
+            )
+        views = {
+            "reconstruction": ("caption", "bridged"),
+            "next_token": ("language", "bridged"),
+            "contrastive": ("pair",),
+        }[self.objective.kind]
+        if self.data.view not in views:
+            raise ValueError(
+                f"objective {self.objective.kind} needs data.view {' or '.join(views)}, "
+                f"found {self.data.view}"
+            )
+        if (self.data.view == "bridged") != (self.attention.rule == "eos_bridged"):
+            raise ValueError(
+                "data.view bridged and attention.rule eos_bridged belong together, found "
+                f"{self.data.view} and {self.attention.rule}"
+            )
+        leak = self.attention.target_causal and self.attention.bridge_sees_target
+        if leak and self.objective.kind == "next_token":
+            raise ValueError(
+                "next-token targets would leak through the bridge: set "
+                "attention.bridge_sees_target=false"
+            )
+        return self
+
+
+class EngineConfig(_Strict):
+    """What runs the step. The file in ds_configs/ holds mechanics only."""
+
+    ds_config: str = "zero3_cpu"  # name in ds_configs/, or a path
+    timeout_seconds: Positive = 600  # of a collective
+
+
+class CheckpointConfig(_Strict):
+    """When checkpoints are written and how many stay."""
+
+    every_steps: Positive = 100
+    keep_last: Positive = 2  # of the running stage; stage ends always stay
+
+
+class MetricsConfig(_Strict):
+    """What is printed."""
+
+    log_every_steps: Positive = 20
+
+
+class EvaluationConfig(_Strict):
+    """Held-out retrieval: name to data set."""
+
+    sets: dict[str, SourceConfig] = {}
+    batch_size: Positive = 128
+
+
+class ExportConfig(_Strict):
+    """What the exported folder says about itself."""
+
+    prompts: dict[str, str] = {}
+    licence: str = ""
+
+
+class RuntimeConfig(_Strict):
+    """Process settings."""
+
+    threads: Positive = 1  # torch threads of a rank
+
+
+class RunConfig(_Strict):
+    """A run: stages in order, and what they share."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    method: str
+    seed: NotNegative = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _stages_start_from_earlier_ones(self) -> "RunConfig":
+        earlier: list[str] = []
+        for name, stage in self.stages.items():
+            if stage.init_from != FROM_MODEL and stage.init_from not in earlier:
+                have = ", ".join([FROM_MODEL, *earlier])
+                raise ValueError(
+                    f"stage '{name}': init_from '{stage.init_from}' is not an earlier stage of "
+                    f"this recipe (have: {have})"
+                )
+            earlier.append(name)
+        return self
+
+
+# Keys that change neither the numbers nor the order of a run: free to differ at a resume.
+_FREE_KEYS = (
+    "data.num_workers",
+    "data.log_sample_ids",
+    "data.bad_record_limit",
+    "data.image.cache_bytes",
+    "engine.timeout_seconds",
+    "checkpoint",
+    "metrics",
+    "evaluation",
+    "export",
+)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a recipe by name (cocoa_dist/recipes/NAME.yaml) or path and apply `a.b.c=value`.
+
+    Raises ConfigError naming the key, what was found, and the nearest known key.
+    """
+    tree = _read_with_parents(recipe_path(name_or_path), seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=name_or_path)
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """Return the file of a recipe. Raises ConfigError with near names if there is none."""
+    named = RECIPE_DIR / f"{name_or_path}.yaml"
+    if named.is_file():
+        return named
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} and path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"}:
+        raise ConfigError(f"recipe file {path} does not exist")
+    names = recipe_names()
+    raise ConfigError(
+        f"unknown recipe '{name_or_path}'{_nearest(name_or_path, names)}; "
+        f"have: {', '.join(names)}, or the path of a .yaml file"
+    )
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+
+
+def parse_config(tree: Mapping[str, Any], *, source: str) -> RunConfig:
+    """Check a resolved tree. Raises ConfigError with every fault on a line of its own."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_explain(item)}" for item in error.errors())
+        raise ConfigError(f"recipe {source}:\n{faults}") from None
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """Read a `resolved.yaml` of a run folder."""
+    return parse_config(_read_yaml(path), source=str(path))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """Return the resolved tree as YAML; `load_resolved` reads it back to an equal config."""
+    tree = config.model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, width=100, allow_unicode=True)
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Return sha256 (hex) over everything that decides the numbers and the order of a run."""
+    tree = {k: v for k, v in flatten(config).items() if not _is_free(k)}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: RunConfig, new: RunConfig, *, free: bool) -> list[str]:
+    """List `key: old -> new`; those safe to change at a resume if `free`, else the others."""
+    left, right = flatten(old), flatten(new)
+    keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and _is_free(k) == free]
+    return [f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in keys]
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Return the tree as dotted keys and plain values."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, prefix: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                walk(item, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = value
+
+    walk(config.model_dump(mode="json"), "")
+    return flat
+
+
+def resolve_path(text: str) -> Path:
+    """Return the path of a recipe's `path` value: `asset:NAME` lies inside the package."""
+    if text.startswith("asset:"):
+        return ASSET_DIR / text.removeprefix("asset:")
+    return Path(text).expanduser()
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys and values")
+    return tree
+
+
+def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a recipe and what it `extends`; a key set to null takes the parent's key away."""
+    if path in seen:
+        raise ConfigError(f"{path} extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
+    tree = _read_yaml(path)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    base = _read_with_parents(recipe_path(str(parent)), seen=(*seen, path))
+    return _merge(base, tree)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}' is not of the form a.b.c=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not YAML: {error}") from error
+    *parents, last = key.split(".")
+    node = tree
+    for depth, part in enumerate(parents):
+        if parents[:depth] == ["stages"] and part not in node:
+            raise ConfigError(
+                f"override '{override}': stage '{part}' is not in this recipe"
+                f"{_nearest(part, list(node))} (have: {', '.join(node)})"
+            )
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"override '{override}': {'.'.join(parents[: depth + 1])} is a value, not a group"
+            )
+        node = child
+    node[last] = value
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _explain(error: Any) -> str:
+    """Turn one pydantic error into `key: what was found, what was expected`."""
+    where = [str(part) for part in error["loc"]]
+    where = [p for p in where if p not in {"reconstruction", "next_token", "contrastive"}] or where
+    if error["loc"][:1] == ("stages",) and len(error["loc"]) > 1:
+        where = ["stages", str(error["loc"][1]), *[
+            str(p) for i, p in enumerate(error["loc"][2:])
+            if not (i == 1 and error["loc"][2] == "objective")
+        ]]  # fmt: skip
+    key = ".".join(where) or "recipe"
+    kind, found = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(where[-1], _known_keys(where[:-1]))}"
+    if kind == "missing":
+        return f"{key}: missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}" if where != ["recipe"] else message
+    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(parents: Sequence[str]) -> list[str]:
+    """Field names of the group that a dotted path leads to."""
+    models: list[Any] = [RunConfig]
+    skip = False
+    for part in parents:
+        if skip:  # the name of a stage, a source or an evaluation set
+            skip = False
+            continue
+        found: list[Any] = []
+        for model in models:
+            field = model.model_fields.get(part)
+            if field is not None:
+                found += _models_in(field.annotation)
+                skip = "dict[" in str(field.annotation)
+        models = found
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,173 @@
+"""What a finished checkpoint is: schema, atomic write, strict read, newest whole one.
+
+A checkpoint exists if and only if its folder holds a `manifest.json`; the folder gets its final
+name by one rename, after every file in it is durable. Reads no tensor and imports no torch.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_STEP_FOLDER = re.compile(r"^step_(\d{8})$")
+
+
+class FileEntry(BaseModel):
+    """One file of a checkpoint: path relative to its folder, size in bytes, sha256 in hex."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The record of one checkpoint; what the launcher, resume and status read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    recipe_fingerprint: str
+    stage: str
+    step: int  # optimizer steps done in this stage
+    target_step: int
+    complete: bool  # step == target_step: the stage is done
+    epoch: str  # incarnation of the run that wrote it
+    parent: str | None  # checkpoint this one grew from, relative to the run folder
+    world_size: int
+    engine: str
+    versions: dict[str, str]
+    base_model: str  # sha256 over the weights the run started from
+    data_state: dict[str, Any]  # position of the data plan; see data/order.py
+    samples: int  # in this stage
+    tokens: int
+    skipped_steps: int
+    wall_seconds: float  # of this stage, over all incarnations
+    productive_seconds: float  # of it, inside optimizer steps
+    train_cpu_seconds: float  # CPU time of all ranks inside optimizer steps
+    loss: dict[str, float]
+    files: tuple[FileEntry, ...]
+    created_at: float = 0.0  # seconds since 1970
+
+
+class ManifestError(ValueError):
+    """A checkpoint that cannot be used; the message says what was found and what was expected."""
+
+
+def step_folder(run_dir: Path, *, stage: str, step: int) -> Path:
+    """Return where the checkpoint of (stage, step) lives."""
+    return run_dir / "checkpoints" / stage / f"step_{step:08d}"
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames and new names inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder`, atomically and durably."""
+    stamped = manifest.model_copy(update={"created_at": time.time()})
+    text = json.dumps(stamped.model_dump(mode="json"), indent=1)
+    write_atomic(folder / MANIFEST_NAME, text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of one checkpoint folder.
+
+    Raises ManifestError if it is missing, unreadable or of another schema.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ManifestError(f"{folder} has no {MANIFEST_NAME}: not a checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ManifestError(f"{path} has schema_version {version!r}, expected {SCHEMA_VERSION}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ManifestError(f"{path}: field {where}: {first['msg']}") from error
+
+
+def step_folders(run_dir: Path, *, stage: str) -> list[Path]:
+    """Folders of a stage that carry a step name, newest first, whole or not."""
+    root = run_dir / "checkpoints" / stage
+    if not root.is_dir():
+        return []
+    named = [path for path in root.iterdir() if _STEP_FOLDER.match(path.name)]
+    return sorted(named, key=lambda path: path.name, reverse=True)
+
+
+def checkpoints(run_dir: Path, *, stage: str) -> Iterator[tuple[Path, Manifest | ManifestError]]:
+    """Yield the checkpoints of a stage, newest first, each with its manifest or its fault."""
+    for folder in step_folders(run_dir, stage=stage):
+        try:
+            yield folder, read_manifest(folder)
+        except ManifestError as error:
+            yield folder, error
+
+
+def newest(run_dir: Path, *, stage: str) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint of a stage that has a readable manifest, if there is one."""
+    for folder, found in checkpoints(run_dir, stage=stage):
+        if isinstance(found, Manifest):
+            return folder, found
+    return None
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_fault(folder: Path, manifest: Manifest) -> str | None:
+    """Compare the files of a checkpoint with its manifest; None if all are whole.
+
+    Reads every byte. The text names the file, what was found and what was expected.
+    """
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            return f"{entry.path} is missing"
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"{entry.path} has {size} bytes, expected {entry.bytes}"
+        digest = sha256_file(path)
+        if digest != entry.sha256:
+            return f"{entry.path} has sha256 {digest[:12]}..., expected {entry.sha256[:12]}..."
+    return None

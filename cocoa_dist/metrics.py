@@ -1,0 +1,70 @@
+"""The run's own record: one JSON object per optimizer step in `metrics.jsonl`.
+
+Appended by rank 0 in one write per step, cut back to the checkpoint at a resume, so that the file
+never holds two objects of one (stage, step) and always tells the history that counts.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cocoa_dist.manifest import write_atomic
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line; each append is one write call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor: int | None = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append one object. Raises OSError if the disk is full."""
+        if self._descriptor is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._descriptor = os.open(self.path, flags, 0o644)
+        line = (json.dumps(record) + "\n").encode()
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes; is the disk full?")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file; a torn last line (a killed writer's) is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            yield json.loads(line)
+
+
+def cut_back(path: Path, *, stages: Sequence[str], stage: str, step: int) -> int:
+    """Drop what lies behind (stage, step) in the order of `stages`; return how many objects.
+
+    Called at a resume, before the first append: those steps will be done again.
+    """
+    if not path.exists():
+        return 0
+    position = {name: index for index, name in enumerate(stages)}
+    kept, dropped = [], 0
+    for record in read_json_lines(path):
+        where = (position.get(record.get("stage", ""), len(stages)), record["step"])
+        if where <= (position[stage], step):
+            kept.append(json.dumps(record))
+        else:
+            dropped += 1
+    write_atomic(path, "".join(line + "\n" for line in kept).encode())
+    return dropped

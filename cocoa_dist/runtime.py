@@ -1,0 +1,117 @@
+"""The process itself: stop requests, seeds, and the files by which ranks and launcher agree.
+
+Imports nothing heavy, so that signal handlers stand before torch is imported: a signal during the
+seconds of import would otherwise kill the process by default action.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cocoa_dist.manifest import write_atomic
+
+STOP_NAME = "STOP"  # an operator's file in the run folder: end the run for good
+EPOCH_NAME = "epoch"  # names the one incarnation that may commit
+OUTCOME_NAME = "outcome.json"  # the verdict of the last incarnation
+EPOCH_VARIABLE = "COCOA_EPOCH"
+EXIT_BAD_INPUT = 2
+
+
+class StopRequest:
+    """Remembers that this process was asked to stop; the loop looks at step boundaries."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Take SIGTERM, SIGUSR1 and SIGUSR2; do it before heavy imports."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+class Fence:
+    """Lets only the current incarnation of a run commit (a zombie rank must not)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / EPOCH_NAME
+        self.epoch = os.environ.get(EPOCH_VARIABLE, "")
+
+    def check(self) -> None:
+        """Raise RuntimeError if another incarnation has taken the run over."""
+        if not self.epoch:
+            return
+        try:
+            current = self.path.read_text().strip()
+        except OSError as error:
+            raise RuntimeError(f"cannot read {self.path}: {error}; not committing") from error
+        if current != self.epoch:
+            raise RuntimeError(
+                f"incarnation {self.epoch} is fenced: {current} runs now; not committing"
+            )
+
+
+def write_outcome(run_dir: Path, *, stage: str, step: int, verdict: str, reason: str) -> None:
+    """Leave the verdict of this incarnation: finished, preempted or stopped."""
+    outcome = {
+        "epoch": os.environ.get(EPOCH_VARIABLE, ""),
+        "stage": stage,
+        "step": step,
+        "verdict": verdict,
+        "reason": reason,
+        "time": time.time(),
+    }
+    write_atomic(run_dir / OUTCOME_NAME, json.dumps(outcome).encode())
+
+
+def stop_file_present(run_dir: Path) -> bool:
+    """Say whether an operator asked the run to end."""
+    return (run_dir / STOP_NAME).exists()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; data and corruption draw from generators of their own."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every generator as tensors and plain values (safe to load)."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(keys.copy()), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
