@@ -1,0 +1,275 @@
+"""Compiles segments and a rule into at most two gathered attention calls, on the host, in O(T).
+
+A plan is what a kernel needs to give every row exactly the keys its rule allows: one call for
+rows that see all their keys, one for rows that see them causally. Every row is a query of exactly
+one call, so results are placed and never merged. Holds no scores and no dense mask.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cocoa_dist.segments import AttentionRule, Role, Segment, View, check_segments
+
+_INT32_MAX = 2**31 - 1
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PlanCall:
+    """One attention call over S variable-length problems, in the layout of flash-attn's varlen.
+
+    A causal problem is bottom-right aligned: its last query sees all its keys.
+    """
+
+    q_index: Tensor | None  # (rows of q,) int64; None: all rows in order, nothing to gather
+    k_index: Tensor | None  # (rows of k,) int64; None likewise
+    cu_seqlens_q: Tensor  # (S + 1,) int32, starts with 0
+    cu_seqlens_k: Tensor  # (S + 1,) int32
+    lengths_q: tuple[int, ...]  # (S,) host copies of the lengths
+    lengths_k: tuple[int, ...]
+    causal: bool
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Longest query side, a host integer."""
+        return max(self.lengths_q)
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """Longest key side, a host integer."""
+        return max(self.lengths_k)
+
+    @cached_property
+    def buckets(self) -> "Buckets":
+        """The same call with problems of equal lengths next to each other (for `split`)."""
+        return _bucket(self)
+
+    def to(self, device: torch.device | str) -> "PlanCall":
+        """Return the call with its tensors on `device`."""
+        moved = {
+            name: None if tensor is None else tensor.to(device, non_blocking=True)
+            for name, tensor in (("q_index", self.q_index), ("k_index", self.k_index))
+        }
+        return replace(
+            self,
+            **moved,
+            cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
+            cu_seqlens_k=self.cu_seqlens_k.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`count` problems that all have `n_q` queries and `n_k` keys."""
+
+    count: int
+    n_q: int
+    n_k: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Row orders that put problems of one shape together."""
+
+    q_order: Tensor  # (rows of q,) int64: rows of the pack, bucket by bucket
+    k_order: Tensor  # (rows of k,) int64
+    shapes: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Everything a kernel needs to know about who sees whom in one pack of T tokens."""
+
+    num_tokens: int  # T
+    calls: tuple[PlanCall, ...]  # one or two; together they hold every row once as a query
+    lo: Tensor  # (M, T) int32: row t sees the union over m of [lo[m, t], hi[m, t])
+    hi: Tensor  # (M, T) int32
+    visible_area: int  # number of (row, key) pairs that are visible: what FLOPs are counted from
+
+    @cached_property
+    def restore_order(self) -> Tensor | None:
+        """Row order that undoes the bucketing of `split` over all calls; (T,) int64."""
+        return torch.argsort(torch.cat([call.buckets.q_order for call in self.calls]))
+
+    def visibility(self) -> Tensor:
+        """Return the dense table (T, T), bool. For tests, pictures and the dense reference."""
+        columns = torch.arange(self.num_tokens, device=self.lo.device)
+        inside = (columns >= self.lo[..., None]) & (columns < self.hi[..., None])
+        return inside.any(dim=0)
+
+    def to(self, device: torch.device | str) -> "AttentionPlan":
+        """Return the plan with its tensors on `device`; the host numbers stay."""
+        if self.lo.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            calls=tuple(call.to(device) for call in self.calls),
+            lo=self.lo.to(device, non_blocking=True),
+            hi=self.hi.to(device, non_blocking=True),
+        )
+
+
+def compile_plan(samples: Sequence[Sequence[Segment]], rule: AttentionRule) -> AttentionPlan:
+    """Compile a pack: `samples` holds each sample's segments in pack coordinates.
+
+    Raises ValueError, with the numbers, for segments that overlap, leave gaps or are empty.
+    """
+    num_tokens = check_segments(samples)
+    full, causal = _Problems(), _Problems()
+    area = 0
+    ranges: list[list[tuple[int, int, bool]]] = []
+    widths: list[int] = []
+    for sample in samples:
+        for queries, keys, is_causal in _problems(sample, rule):
+            (causal if is_causal else full).add(queries, keys)
+            hidden = len(queries) * (len(queries) - 1) // 2 if is_causal else 0
+            area += len(queries) * len(keys) - hidden
+        for segment in sample:
+            ranges.append(_visible_ranges(segment, sample, rule.views[segment.role]))
+            widths.append(segment.stop - segment.start)
+    calls = [
+        problems.call(num_tokens, causal=flag)
+        for problems, flag in ((full, False), (causal, True))
+        if problems.queries
+    ]
+    lo, hi = _intervals(ranges, widths, num_tokens)
+    return AttentionPlan(num_tokens, tuple(calls), lo, hi, area)
+
+
+class _Problems:
+    """Collects the problems of one causality class."""
+
+    def __init__(self) -> None:
+        self.queries: list[Index] = []
+        self.keys: list[Index] = []
+
+    def add(self, queries: Index, keys: Index) -> None:
+        self.queries.append(queries)
+        self.keys.append(keys)
+
+    def call(self, num_tokens: int, *, causal: bool) -> PlanCall:
+        lengths_q = tuple(map(len, self.queries))
+        lengths_k = tuple(map(len, self.keys))
+        if sum(lengths_k) > _INT32_MAX:
+            raise ValueError(f"{sum(lengths_k)} keys do not fit into int32 cu_seqlens")
+        return PlanCall(
+            q_index=_gather_index(self.queries, num_tokens),
+            k_index=_gather_index(self.keys, num_tokens),
+            cu_seqlens_q=_cumulative(lengths_q),
+            cu_seqlens_k=_cumulative(lengths_k),
+            lengths_q=lengths_q,
+            lengths_k=lengths_k,
+            causal=causal,
+        )
+
+
+def _problems(
+    sample: Sequence[Segment], rule: AttentionRule
+) -> Iterator[tuple[Index, Index, bool]]:
+    """Yield (query rows, key rows, causal) so that every row of the sample is a query once."""
+    by_view: dict[View, list[Segment]] = {}
+    for segment in sample:
+        by_view.setdefault(rule.views[segment.role], []).append(segment)
+    for view, segments in by_view.items():
+        keys_full = _rows(s for s in sample if s.role in view.full)
+        keys_causal = [s for s in sample if s.role in view.causal]
+        if not keys_causal:
+            yield _rows(segments), keys_full, False
+        elif {s.role for s in segments} == {s.role for s in keys_causal}:
+            yield _rows(segments), np.concatenate([keys_full, _rows(keys_causal)]), True
+        else:
+            yield from _run_by_run(segments, keys_full, keys_causal)
+
+
+def _run_by_run(
+    segments: list[Segment], keys_full: Index, keys_causal: list[Segment]
+) -> Iterator[tuple[Index, Index, bool]]:
+    """Yield one problem for each query segment: the causal keys are not the queries themselves."""
+    for segment in segments:
+        before = _rows(s for s in keys_causal if s.stop <= segment.start)
+        keys = np.concatenate([keys_full, before])
+        own = segment.role in {s.role for s in keys_causal}
+        yield (
+            _rows([segment]),
+            np.concatenate([keys, _rows([segment])]) if own else keys,
+            own,
+        )
+
+
+def _visible_ranges(
+    segment: Segment, sample: Sequence[Segment], view: View
+) -> list[tuple[int, int, bool]]:
+    """Return merged key ranges of a segment's rows; the flag marks a range that ends at the row."""
+    ranges: list[tuple[int, int, bool]] = []
+    for key in sample:
+        own = key is segment
+        if not (key.role in view.full or (key.role in view.causal and key.start <= segment.start)):
+            continue
+        to_row = own and key.role in view.causal
+        if ranges and ranges[-1][1] == key.start and not ranges[-1][2]:
+            ranges[-1] = (ranges[-1][0], key.stop, to_row)
+        else:
+            ranges.append((key.start, key.stop, to_row))
+    return ranges
+
+
+def _intervals(
+    ranges: list[list[tuple[int, int, bool]]], widths: list[int], num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Spread the ranges of segments over their rows: two tables (M, T) int32."""
+    depth = max(map(len, ranges))
+    padded = [r + [(0, 0, False)] * (depth - len(r)) for r in ranges]
+    table = np.asarray(padded, dtype=np.int64).reshape(len(ranges), depth, 3)
+    rows = np.repeat(table, widths, axis=0)  # (T, M, 3)
+    to_row = np.arange(1, num_tokens + 1)[:, None]
+    high = np.where(rows[..., 2] == 1, to_row, rows[..., 1])
+    lo = torch.from_numpy(np.ascontiguousarray(rows[..., 0].T, dtype=np.int32))
+    return lo, torch.from_numpy(np.ascontiguousarray(high.T, dtype=np.int32))
+
+
+def _rows(segments: Iterator[Segment] | Sequence[Segment]) -> Index:
+    parts = [np.arange(s.start, s.stop) for s in segments]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _gather_index(parts: list[Index], num_tokens: int) -> Tensor | None:
+    rows = np.concatenate(parts)
+    if len(rows) == num_tokens and bool((rows == np.arange(num_tokens)).all()):
+        return None
+    return torch.from_numpy(rows)
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+
+def _bucket(call: PlanCall) -> Buckets:
+    """Order the problems of a call by shape (stable), and the rows with them."""
+    order = sorted(range(len(call.lengths_q)), key=lambda i: (call.lengths_q[i], call.lengths_k[i]))
+    shapes = [
+        Bucket(count=len(list(group)), n_q=n_q, n_k=n_k)
+        for (n_q, n_k), group in groupby((call.lengths_q[i], call.lengths_k[i]) for i in order)
+    ]
+    return Buckets(
+        q_order=_reordered(call.q_index, call.lengths_q, order),
+        k_order=_reordered(call.k_index, call.lengths_k, order),
+        shapes=tuple(shapes),
+    )
+
+
+def _reordered(index: Tensor | None, lengths: tuple[int, ...], order: list[int]) -> Tensor:
+    total = sum(lengths)
+    rows = np.arange(total) if index is None else index.cpu().numpy()
+    parts = np.split(rows, np.cumsum(lengths)[:-1])
+    joined = torch.from_numpy(np.concatenate([parts[i] for i in order]))
+    return joined if index is None else joined.to(index.device)
+
+
+__all__ = ["AttentionPlan", "Bucket", "Buckets", "PlanCall", "Role", "compile_plan"]
