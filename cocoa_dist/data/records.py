@@ -1,0 +1,235 @@
+"""One training record: a query, its positives and negatives, a target, and the pictures they use.
+
+A record checks itself when it is built, converts to and from a row of an Arrow shard, and has a
+checksum of its content. It holds encoded pictures and never decodes them.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+PartKind = Literal["text", "image"]
+PART_KINDS: tuple[str, ...] = get_args(PartKind)
+NO_IMAGE = -1
+MAX_KEY_BYTES = 1024  # keys go into logs and error messages
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of one side of a record: a text, or a reference to a picture of the record."""
+
+    kind: PartKind
+    text: str = ""  # for kind text
+    image: int = NO_IMAGE  # for kind image: index into Record.images
+
+    def __post_init__(self) -> None:
+        if self.kind not in PART_KINDS:
+            raise ValueError(f"part kind {self.kind!r} is unknown, expected one of {PART_KINDS}")
+        if self.kind == "text" and self.image != NO_IMAGE:
+            raise ValueError(f"a text part has image {self.image}, expected {NO_IMAGE}")
+        if self.kind == "image" and self.text:
+            raise ValueError(f"an image part has text {self.text[:40]!r}, expected none")
+        _check_unicode(self.text, "part text")
+
+
+Side = tuple[Part, ...]
+
+
+def text_part(text: str) -> Part:
+    """Return a part that is a text."""
+    return Part("text", text=text)
+
+
+def image_part(index: int) -> Part:
+    """Return a part that is picture number `index` of its record."""
+    return Part("image", image=index)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One query and what belongs to it. `images` holds encoded files, each stored once.
+
+    Raises ValueError, naming the record and the field, for anything a reader could trip over later.
+    The bytes of a picture are not looked at: a broken one is found, and masked, when it is decoded.
+    """
+
+    key: str  # unique in its data set
+    task: str
+    query: Side
+    positives: tuple[Side, ...] = ()
+    negatives: tuple[Side, ...] = ()
+    target: Side = ()  # what reconstruction stages rebuild
+    images: tuple[bytes, ...] = ()
+    identity: str = ""  # two targets with one identity are no negatives; default: content_hash
+    meta: dict[str, Any] = field(default_factory=dict)  # JSON values only
+
+    def __post_init__(self) -> None:
+        _check_names(self)
+        for name, side in _named_sides(self):
+            _check_side(self, name, side)
+        _check_meta(self)
+        if not self.identity:
+            object.__setattr__(self, "identity", content_hash(self))
+
+
+def content_hash(record: Record) -> str:
+    """Return the sha1, in hex, of the texts and picture bytes of the first positive.
+
+    A record without positives is known by its target, else by its query.
+    """
+    side = next((s for s in (*record.positives[:1], record.target) if s), record.query)
+    digest = hashlib.sha1(usedforsecurity=False)
+    for part in side:
+        data = part.text.encode() if part.kind == "text" else record.images[part.image]
+        digest.update(f"{part.kind}:{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def record_crc32(record: Record) -> int:
+    """Return zlib.crc32 over a serialisation that equal records, and only they, share."""
+    header = [
+        record.key,
+        record.task,
+        _plain_side(record.query),
+        [_plain_side(side) for side in record.positives],
+        [_plain_side(side) for side in record.negatives],
+        _plain_side(record.target),
+        record.identity,
+        record.meta,
+        [len(image) for image in record.images],
+    ]
+    checksum = zlib.crc32(_dump_json(header).encode())
+    for image in record.images:
+        checksum = zlib.crc32(image, checksum)
+    return checksum
+
+
+def to_row(record: Record) -> dict[str, Any]:
+    """Return the record as plain values, one per column of shards.SCHEMA, checksum included."""
+    return {
+        "key": record.key,
+        "task": record.task,
+        "query": _side_to_row(record.query),
+        "positives": [_side_to_row(side) for side in record.positives],
+        "negatives": [_side_to_row(side) for side in record.negatives],
+        "target": _side_to_row(record.target),
+        "images": list(record.images),
+        "identity": record.identity,
+        "meta": _dump_json(record.meta),
+        "crc32": record_crc32(record),
+    }
+
+
+def from_row(row: dict[str, Any]) -> Record:
+    """Build a record from a row; the checksum in the row is the reader's business, not ours.
+
+    Raises ValueError for a row that is no record: a missing column, a null, meta that is no JSON.
+    """
+    try:
+        meta = json.loads(row["meta"])
+        return Record(
+            key=row["key"],
+            task=row["task"],
+            query=_side_from_row(row["query"]),
+            positives=tuple(_side_from_row(side) for side in row["positives"]),
+            negatives=tuple(_side_from_row(side) for side in row["negatives"]),
+            target=_side_from_row(row["target"]),
+            images=tuple(row["images"]),
+            identity=row["identity"],
+            meta=meta,
+        )
+    except KeyError as error:
+        raise ValueError(f"row {row.get('key')!r}: column {error} is missing") from error
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"row {row.get('key')!r} is not a record: {error}") from error
+
+
+def side_texts(side: Side) -> list[str]:
+    """Return the texts of one side, in order."""
+    return [part.text for part in side if part.kind == "text"]
+
+
+def _named_sides(record: Record) -> Iterator[tuple[str, Side]]:
+    yield "query", record.query
+    for number, side in enumerate(record.positives):
+        yield f"positives[{number}]", side
+    for number, side in enumerate(record.negatives):
+        yield f"negatives[{number}]", side
+    if record.target:
+        yield "target", record.target
+
+
+def _check_names(record: Record) -> None:
+    for name in ("key", "task"):
+        value = getattr(record, name)
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"record {record.key!r}: {name} is {value!r}, expected a text that is not empty"
+            )
+        _check_unicode(value, name)
+    if not isinstance(record.identity, str):
+        raise ValueError(f"record {record.key!r}: identity is {record.identity!r}, expected a text")
+    _check_unicode(record.identity, "identity")
+    size = len(record.key.encode())
+    if size > MAX_KEY_BYTES:
+        raise ValueError(
+            f"record {record.key[:40]!r}...: key has {size} bytes, expected at most {MAX_KEY_BYTES}"
+        )
+    for number, image in enumerate(record.images):
+        if not isinstance(image, bytes):
+            raise ValueError(
+                f"record {record.key!r}: images[{number}] is {type(image).__name__}, expected bytes"
+            )
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} {text[:40]!r} holds half a surrogate pair ({error})") from error
+
+
+def _check_side(record: Record, name: str, side: Side) -> None:
+    if not side:
+        raise ValueError(f"record {record.key!r}: {name} is empty, expected at least one part")
+    for number, part in enumerate(side):
+        if part.kind == "image" and not 0 <= part.image < len(record.images):
+            raise ValueError(
+                f"record {record.key!r}: {name}[{number}] is image {part.image}, "
+                f"the record has {len(record.images)} images"
+            )
+
+
+def _check_meta(record: Record) -> None:
+    """Refuse meta that would come back from JSON as something else, such as tuples or NaN."""
+    try:
+        same = json.loads(_dump_json(record.meta).encode()) == record.meta
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"record {record.key!r}: meta is not JSON: {error}") from error
+    if not same or not isinstance(record.meta, dict):
+        raise ValueError(
+            f"record {record.key!r}: meta changes when it is stored as JSON, expected a dict with "
+            "text keys and lists (no tuples) inside"
+        )
+
+
+def _dump_json(value: Any) -> str:  # noqa: ANN401 - JSON values have no narrower type
+    return json.dumps(
+        value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+    )
+
+
+def _plain_side(side: Side) -> list[list[str | int]]:
+    return [[part.kind, part.text, part.image] for part in side]
+
+
+def _side_to_row(side: Side) -> list[dict[str, Any]]:
+    return [{"kind": part.kind, "text": part.text, "image": part.image} for part in side]
+
+
+def _side_from_row(row: list[dict[str, Any]]) -> Side:
+    return tuple(Part(part["kind"], text=part["text"], image=part["image"]) for part in row)

@@ -1,0 +1,166 @@
+"""What a data set on disk is: names, Arrow schemas, the manifest, and the checks against it.
+
+A data set exists if and only if its folder holds a whole `manifest.json`, which is written last and
+lists every other file with its size and sha256. Knows nothing of how records are written or read.
+"""
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cocoa_dist.manifest import sha256_file
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+RECORD_INDEX = "index/records.arrow"
+BATCH_INDEX = "index/batches.arrow"
+ENERGON_FOLDER = ".nv-meta"
+ENERGON_FILES = (".info.json", "split.yaml", "dataset.yaml")
+UNKNOWN_TOKENS = -1  # num_text_tokens of a data set that was written without a tokenizer
+UNREADABLE = 0  # height and width of a picture whose header cannot be read
+
+_PART = pa.struct([("kind", pa.string()), ("text", pa.string()), ("image", pa.int32())])
+_SIDE = pa.list_(_PART)
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("task", pa.string()),
+        ("query", _SIDE),
+        ("positives", pa.list_(_SIDE)),
+        ("negatives", pa.list_(_SIDE)),
+        ("target", _SIDE),
+        ("images", pa.list_(pa.large_binary())),
+        ("identity", pa.string()),
+        ("meta", pa.string()),  # JSON
+        ("crc32", pa.uint32()),  # records.record_crc32
+    ]
+)
+RECORD_INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("batch", pa.int32()),  # in the whole data set, a row of BATCH_INDEX
+        ("row", pa.int32()),  # in its batch
+        ("crc32", pa.uint32()),
+        ("num_text_tokens", pa.int32()),  # see count_text_tokens
+        ("image_heights", pa.list_(pa.int32())),  # pixels, upright; UNREADABLE if broken
+        ("image_widths", pa.list_(pa.int32())),
+    ]
+)
+BATCH_INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("num_rows", pa.int32()),
+        ("offset", pa.int64()),  # bytes from the start of the shard to the batch's IPC message
+        ("length", pa.int64()),  # bytes of that message
+    ]
+)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a data set is, as its manifest says."""
+
+    count: int  # records
+    num_batches: int
+    num_shards: int
+    records_per_batch: int  # in every batch but the last
+    records_per_shard: int  # in every shard but the last
+    bytes: int  # of all files but the manifest
+    tokenizer_sha256: str  # of the tokenizer that counted num_text_tokens; "" if none did
+    fingerprint: str  # sha256 over the checksums of all records, in order
+    info: dict[str, Any]  # whatever the writer had to say: source, licence, split
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of shard `number`."""
+    return f"shard-{number:05d}.arrow"
+
+
+def dataset_info(manifest: dict[str, Any]) -> DatasetInfo:
+    """Return the part of a manifest that describes the data set as a whole."""
+    return DatasetInfo(**{field.name: manifest[field.name] for field in fields(DatasetInfo)})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of the data set in folder `path`.
+
+    Raises ValueError if there is none, if it is damaged, or if its schema is not ours.
+    """
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise ValueError(
+            f"{path} is not a data set: it has no {MANIFEST_NAME}. Writing it was interrupted, or "
+            "the path is wrong; rebuild the data set or correct the path"
+        )
+    try:
+        manifest = dict(json.loads(file.read_bytes()))
+        version = manifest["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); rebuild the data set or "
+            "restore the file"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema_version {version}, expected {SCHEMA_VERSION}: rebuild the data set "
+            "with this version of the package"
+        )
+    missing = {"files", *(field.name for field in fields(DatasetInfo))} - manifest.keys()
+    if missing:
+        raise ValueError(f"{file} lacks {sorted(missing)}; rebuild the data set")
+    return manifest
+
+
+def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError for the first file of the data set that is missing or has another size."""
+    for entry in manifest["files"]:
+        file = path / entry["path"]
+        found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
+        if found != f"{entry['bytes']} bytes":
+            raise ValueError(
+                f"{file}: found {found}, expected {entry['bytes']} bytes; rebuild the data set or "
+                "restore the file"
+            )
+
+
+def verify(path: Path) -> None:
+    """Read every byte of a data set and compare with its manifest.
+
+    Raises ValueError that names every file whose content is not what was written.
+    """
+    manifest = read_manifest(path)
+    check_sizes(path, manifest)
+    wrong = [
+        f"{entry['path']} has sha256 {found[:12]}..., expected {entry['sha256'][:12]}..."
+        for entry in manifest["files"]
+        if (found := sha256_file(path / entry["path"])) != entry["sha256"]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} damaged files: {'; '.join(wrong)}; rebuild the data set or "
+            "restore the files"
+        )
+
+
+def remove_dataset(path: Path) -> None:
+    """Remove the files of a data set, manifest first; other files in the folder stay."""
+    (path / MANIFEST_NAME).unlink(missing_ok=True)
+    for name in file_names(path):
+        (path / name).unlink()
+    for folder in (path / "index", path / ENERGON_FOLDER):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the files of the data set that are there, without the manifest, in a fixed order."""
+    shards = sorted(
+        path.name for path in folder.glob("shard-*.arrow") if re.match(r"shard-\d+\.", path.name)
+    )
+    others = [RECORD_INDEX, BATCH_INDEX]
+    others += [f"{ENERGON_FOLDER}/{name}" for name in ENERGON_FILES]
+    return shards + [name for name in others if (folder / name).is_file()]
