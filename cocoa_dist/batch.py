@@ -1,0 +1,100 @@
+"""PackedBatch: the contract between data and model, checked once on the host, then moved.
+
+Samples lie end to end, nothing is padded. Rows that carry a loss are listed, so that no head ever
+runs on a row nobody reads. Built by `data/packing.py`; read by `model/` and `objectives/`.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from cocoa_dist.attention.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: samples end to end in T tokens, their pictures end to end in P patches.
+
+    It always holds at least one picture: a pack without one carries a filler (the last
+    `num_filler_images` pictures), whose visual tokens have no row in `input_ids`, so that every
+    rank runs the vision tower in every forward (ZeRO-3).
+    """
+
+    input_ids: Tensor  # (T,) int64, after corruption
+    position_ids: Tensor  # (3, T) int64: time, height, width of M-RoPE
+    plan: AttentionPlan  # over the T tokens
+    pixel_values: Tensor  # (P, C) float32, after corruption
+    image_grid_thw: Tensor  # (images, 3) int64, in patches
+    vision_plan: AttentionPlan  # over the P patches: each picture sees itself
+    image_rows: Tensor  # (M,) int64: rows of input_ids that take the visual tokens, in order
+    label_rows: Tensor  # (S,) int64: rows whose hidden state predicts a token
+    labels: Tensor  # (S,) int64: the tokens they predict
+    patch_rows: Tensor  # (R,) int64: rows of masked visual tokens
+    patch_targets: Tensor  # (R, C') float32: pixels of the masked visual tokens, one frame
+    pool_rows: Tensor  # (L,) int64: rows an embedding is averaged from
+    pool_index: Tensor  # (L,) int64: which embedding each belongs to, ascending from 0
+    pair_ids: Tensor  # (E,) int64: position of an embedding's pair in the global batch
+    sides: Tensor  # (E,) int64: 0 query, 1 target
+    identities: Tensor  # (E,) int64: equal for targets that are the same thing
+    pair_weights: Tensor  # (E,) float32: 1, or 0 for a pair whose record could not be used
+    num_filler_images: int
+    num_samples: int
+    num_image_tokens: int  # M plus the filler's
+
+    def __post_init__(self) -> None:
+        """Check the contract; costs nothing beside building the batch."""
+        tokens, patches = len(self.input_ids), len(self.pixel_values)
+        if self.position_ids.shape != (3, tokens) or self.plan.num_tokens != tokens:
+            raise ValueError(
+                f"{tokens} tokens, but positions {tuple(self.position_ids.shape)} and a plan "
+                f"for {self.plan.num_tokens}"
+            )
+        if self.vision_plan.num_tokens != patches:
+            raise ValueError(f"{patches} patches, a plan for {self.vision_plan.num_tokens}")
+        for rows, values in (("label_rows", "labels"), ("patch_rows", "patch_targets")):
+            left, right = len(getattr(self, rows)), len(getattr(self, values))
+            if left != right:
+                raise ValueError(f"{left} {rows}, but {right} {values}")
+        counts = {len(self.pair_ids), len(self.sides), len(self.identities), len(self.pair_weights)}
+        if len(counts) != 1:
+            raise ValueError(f"fields of embeddings differ in length: {sorted(counts)}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pack, T; all are real."""
+        return len(self.input_ids)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Embeddings the pack asks for, E."""
+        return len(self.pair_ids)
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """Return the batch with every tensor on `device`."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | AttentionPlan)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of one optimizer step: the same number of packs on every rank."""
+
+    step: int  # 1 for the first optimizer step of a stage
+    dataset: str  # the source all records of the step come from
+    record_ids: tuple[int, ...]  # of the whole step, over all ranks, in plan order
+    record_keys: tuple[str, ...]  # of this rank's part
+    digest: str  # hash of dataset, pass and record ids: equal on every world size
+    packs: tuple[PackedBatch, ...]
+    num_samples: int  # real samples in this rank's packs
+    num_tokens: int
+    fill_ratio: float  # tokens / (packs x budget)
+    num_truncated: int  # texts that were cut
+    bad_records: tuple[str, ...]  # `dataset row key: reason` of records that could not be used
+    cpu_seconds: float  # CPU time it took to make, where a worker process made it

@@ -1,0 +1,131 @@
+"""Process group start and stop, rank helpers, and the few collectives the project needs.
+
+Everything here works with one process and no group as well. Each function that contains a
+collective says so; every rank must reach it on every path.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among the others, as the launcher described it in the environment."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @staticmethod
+    def from_environment() -> "World":
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; one process if they are unset."""
+        return World(
+            rank=int(os.environ.get("RANK", "0")),
+            size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+
+
+def start(*, timeout_seconds: int) -> World:
+    """Join the process group of the launcher; a lone process gets a group of its own.
+
+    Collective: call on all ranks.
+    """
+    world = World.from_environment()
+    if world.size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ.setdefault(name, "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    limit = timedelta(seconds=timeout_seconds)
+    if world.size == 1:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+    else:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
+    return world
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Return the rank of this process; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum over all ranks, without gradient. Collective: call on all ranks."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective: call on all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's (small, picklable) value, in rank order. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """Return the rows of all ranks, in rank order, without gradient. Collective."""
+    if world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+class _AllGather(torch.autograd.Function):
+    """Gather along dimension 0; the gradient is the sum of what all ranks ask of our rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.rows = len(local)
+        return gather_rows(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        begin = rank() * ctx.rows
+        return total[begin : begin + ctx.rows]
+
+
+def all_gather_with_grad(local: Tensor) -> Tensor:
+    """Return the rows of all ranks, in rank order: (n, ...) -> (n x ranks, ...).
+
+    The backward pass sums over ranks, so that with DeepSpeed's mean over ranks and the engine's
+    factor of world size the gradient is that of the global loss. Collective, forward and
+    backward: call on all ranks, with equal shapes.
+    """
+    if world_size() == 1:
+        return local
+    gathered: Tensor = _AllGather.apply(local)  # type: ignore[no-untyped-call]
+    return gathered

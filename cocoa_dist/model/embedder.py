@@ -1,0 +1,99 @@
+"""EmbeddingModel: the one module the engine wraps. It owns its forward pass.
+
+Every forward embeds once, runs the vision tower exactly once and the language model once, on
+every rank, whatever is in the batch: a pack without pictures carries a filler whose features get
+weight zero. Under ZeRO-3 anything else hangs (ranks must gather parameters in the same order).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.utils import ModelOutput as TransformersOutput
+
+from cocoa_dist.batch import PackedBatch
+from cocoa_dist.model.backbone import patch_positions
+from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, pool
+
+
+@dataclass
+class ModelOutput(TransformersOutput):  # type: ignore[misc]
+    """What the heads of a stage computed; None where the stage did not ask.
+
+    A mapping underneath, so that ZeRO-3's hooks find the tensors in it.
+    """
+
+    logits_SV: Tensor | None = None  # at batch.label_rows
+    patches_RC: Tensor | None = None  # at batch.patch_rows
+    embeddings_ED: Tensor | None = None  # float32, unit length
+
+
+class EmbeddingModel(nn.Module):
+    """A multimodal backbone with the heads of one stage."""
+
+    def __init__(self, backbone: Qwen2VLForConditionalGeneration, heads: HeadsConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = heads
+        if heads.patch_values:
+            self.patch_decoder = PatchDecoder(
+                self.core.language_model, patch_values=heads.patch_values
+            )
+
+    @property
+    def core(self) -> Any:
+        """The backbone without its text head and without an adapter's wrapper."""
+        inner: Any = self.backbone
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        return inner.model
+
+    def forward(self, batch: PackedBatch) -> ModelOutput:
+        """Run one pack. Collective under ZeRO-3: call on all ranks, equally often."""
+        language = self.core.language_model
+        hidden_TD = language(
+            inputs_embeds=self._embed(batch)[None],
+            position_ids=batch.position_ids[:, None],
+            use_cache=False,
+            segment_plan=batch.plan,
+        ).last_hidden_state[0]
+        return ModelOutput(
+            logits_SV=self._logits(hidden_TD, batch) if self.heads.text_logits else None,
+            patches_RC=self._patches(hidden_TD, batch) if self.heads.patch_values else None,
+            embeddings_ED=self._pooled(hidden_TD, batch) if self.heads.embeddings else None,
+        )
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        """Token embeddings (T, D) with the visual tokens put in their rows."""
+        tokens_TD: Tensor = self.core.language_model.embed_tokens(batch.input_ids)
+        visual = self.core.visual
+        visual_MD = visual(
+            batch.pixel_values.to(visual.get_dtype()),
+            grid_thw=batch.image_grid_thw,
+            position_ids=patch_positions(batch.image_grid_thw, merge=visual.spatial_merge_size),
+            segment_plan=batch.vision_plan,
+        ).pooler_output
+        used = len(batch.image_rows)
+        filled_TD = tokens_TD.index_copy(0, batch.image_rows, visual_MD[:used].to(tokens_TD.dtype))
+        return filled_TD + 0.0 * visual_MD[used:].sum()  # the filler keeps its place in backward
+
+    def _logits(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+        head = self.backbone.get_output_embeddings()
+        logits: Tensor = head(hidden_TD.index_select(0, batch.label_rows))
+        return logits
+
+    def _patches(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+        positions = self.core.language_model.rotary_emb(
+            hidden_TD[None], batch.position_ids[:, None]
+        )
+        predicted: Tensor = self.patch_decoder(
+            hidden_TD, rows=batch.patch_rows, plan=batch.plan, position_embeddings=positions
+        )
+        return predicted
+
+    @staticmethod
+    def _pooled(hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+        return pool(
+            hidden_TD, rows=batch.pool_rows, index=batch.pool_index, count=batch.num_embeddings
+        )

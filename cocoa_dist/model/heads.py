@@ -1,0 +1,65 @@
+"""What sits on the backbone: the patch decoder, pooling, and which heads a stage asks for."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cocoa_dist.attention.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Which outputs a stage needs; what is not needed is not computed."""
+
+    text_logits: bool = False
+    patch_values: int = 0  # values a masked visual token is rebuilt to, C'; 0: no decoder
+    embeddings: bool = False
+
+
+class PatchDecoder(nn.Module):
+    """Rebuilds masked visual tokens: one layer of the backbone's kind, then pixels.
+
+    The layer starts as a copy of the backbone's middle one (MoCa, arXiv 2506.23115, whose decoder
+    CoCoA follows).
+    """
+
+    def __init__(self, language_model: nn.Module, *, patch_values: int) -> None:
+        super().__init__()
+        layers: Any = language_model.layers
+        width: int = language_model.config.hidden_size  # type: ignore[union-attr,assignment]
+        self.layer = copy.deepcopy(layers[len(layers) // 2])
+        dtype = next(self.layer.parameters()).dtype
+        self.norm = copy.deepcopy(language_model.norm)
+        self.to_pixels = nn.Linear(width, patch_values, dtype=dtype)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        *,
+        rows: Tensor,
+        plan: AttentionPlan,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Hidden states (T, D) -> pixels (R, C') of the listed rows, normalised units."""
+        decoded = self.layer(
+            hidden_TD[None], position_embeddings=position_embeddings, segment_plan=plan
+        )
+        predicted: Tensor = self.to_pixels(self.norm(decoded[0].index_select(0, rows)))
+        return predicted
+
+
+def pool(hidden_TD: Tensor, *, rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Average rows into `count` embeddings (E, D), float32, L2-normalised.
+
+    `index` says which embedding each row belongs to; one row each is last-token pooling.
+    """
+    picked = hidden_TD.index_select(0, rows).float()
+    if len(rows) != count:
+        size = torch.bincount(index, minlength=count).clamp(min=1)
+        total = picked.new_zeros(count, picked.shape[1]).index_add(0, index, picked)
+        picked = total / size[:, None]
+    return F.normalize(picked, dim=-1)

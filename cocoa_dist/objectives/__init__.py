@@ -1,0 +1,1 @@
+"""Objectives: what a stage minimises, as named sums with their counts."""

@@ -1,0 +1,61 @@
+"""Reconstruction: cross-entropy of hidden or next tokens, squared error of hidden patches.
+
+Serves the joint stage (CoCoA arXiv 2603.01471, MoCa arXiv 2506.23115), the EOS-bridged stage and
+next-token training alike: which rows are supervised is the data's business.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cocoa_dist.batch import PackedBatch
+from cocoa_dist.model.embedder import ModelOutput
+from cocoa_dist.model.heads import HeadsConfig
+
+
+class Reconstruction:
+    """Text term in nats per supervised token; image term in squared normalised pixel units."""
+
+    step_wide = False
+
+    def __init__(self, *, image_weight: float = 0.0, patch_values: int = 0) -> None:
+        """`patch_values` C' > 0 turns the image term on, weighted by `image_weight`."""
+        self.heads = HeadsConfig(text_logits=True, patch_values=patch_values)
+        self.weights: Mapping[str, float] = {"text": 1.0}
+        if patch_values:
+            self.weights = {"text": 1.0, "image": image_weight}
+
+    def counts(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
+        """Supervised tokens; pixels of hidden patches (values of one frame)."""
+        counts = {"text": float(sum(len(pack.labels) for pack in packs))}
+        if "image" in self.weights:
+            counts["image"] = float(sum(pack.patch_targets.numel() for pack in packs))
+        return counts
+
+    def sums(
+        self, outputs: Sequence[ModelOutput], packs: Sequence[PackedBatch]
+    ) -> dict[str, Tensor]:
+        """Sum of cross-entropy, and of squared error, over the packs."""
+        sums = {"text": _total([_text_sum(o, p) for o, p in zip(outputs, packs, strict=True)])}
+        if "image" in self.weights:
+            errors = [_image_sum(o, p) for o, p in zip(outputs, packs, strict=True)]
+            sums["image"] = _total(errors)
+        return sums
+
+
+def _text_sum(output: ModelOutput, pack: PackedBatch) -> Tensor:
+    assert output.logits_SV is not None
+    return F.cross_entropy(output.logits_SV.float(), pack.labels, reduction="sum")
+
+
+def _image_sum(output: ModelOutput, pack: PackedBatch) -> Tensor:
+    assert output.patches_RC is not None
+    return (output.patches_RC.float() - pack.patch_targets).square().sum()
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
