@@ -1,0 +1,1 @@
+"""Starts a run, keeps it going, says how it stands; reads manifests and never imports torch."""

@@ -1,0 +1,181 @@
+"""The command line: run, status, stop."""
+
+import argparse
+import difflib
+import getpass
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cocoa_dist.config import ConfigError
+
+USAGE_CODE = 2
+_DESCRIPTION = "Run staged training in a run folder, look at it, stop it."
+_EXAMPLES = """\
+examples:
+  python -m launcher run quickstart --run-dir runs/first
+      all stages of the recipe `quickstart`, in 2 processes on this machine
+  python -m launcher run quickstart --run-dir runs/first
+      the same command again goes on after an interruption; a finished run says so
+  python -m launcher run my.yaml stages.contrastive.steps=50 seed=1 --run-dir runs/short --nproc 1
+      a recipe of your own, with other values
+  python -m launcher status runs/first
+      where it is, how often it was restarted, how long it will take; --json for scripts
+  python -m launcher stop runs/first
+      save and stop for good, until the STOP file in the folder is removed
+
+exit codes of run: 0 done or stopped; 2 something to change in what was given; 93 given up
+(3 attempts in a row without a new checkpoint); 128+N interrupted by signal N after saving;
+anything else is a fault of the launcher itself.
+"""
+_COMMANDS = ("run", "status", "stop")
+
+
+def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None = None) -> int:
+    """Run a command and return its exit code; `trainer` replaces the command of a rank."""
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    from launcher.runfolder import RunFolderError
+
+    try:
+        if options.command == "run":
+            return _run(options, trainer=trainer)
+        if options.command == "status":
+            return _status(options)
+        return _stop(options)
+    except (ConfigError, RunFolderError) as error:
+        return _fail(str(error), code=USAGE_CODE)
+    except OSError as error:
+        return _fail(f"{type(error).__name__}: {error}", code=1)
+
+
+def _run(options: argparse.Namespace, *, trainer: tuple[str, ...] | None) -> int:
+    from rich.console import Console
+
+    from launcher.local import TRAINER
+    from launcher.run import BadInputError, RunRequest, run
+
+    request = RunRequest(
+        recipe=options.recipe,
+        overrides=tuple(options.overrides),
+        run_dir=options.run_dir,
+        num_processes=options.nproc,
+    )
+    try:
+        return run(request, console=Console(), trainer=TRAINER if trainer is None else trainer)
+    except BadInputError as error:
+        return _fail(str(error), code=USAGE_CODE)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from launcher.status import read_status
+
+    status = read_status(options.run_dir)
+    if options.json:
+        sys.stdout.write(json.dumps(status.as_json()) + "\n")
+        return 0
+    from rich.console import Console
+
+    from launcher.table import show_status
+
+    show_status(Console(), status, run_dir=options.run_dir)
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from launcher.runfolder import STOP_NAME, is_held, read_holder, stop_note, write_stop
+    from launcher.status import read_status
+
+    run_dir: Path = options.run_dir
+    if read_status(run_dir).state == "done":
+        sys.stdout.write(f"{run_dir} is finished: there is nothing to stop\n")
+        return 0
+    known = stop_note(run_dir)
+    note = write_stop(run_dir, user=_user()) if known is None else f"already {known}"
+    held, holder = is_held(run_dir), read_holder(run_dir)
+    where = f" (launcher: process {holder.pid} on {holder.host})" if holder else ""
+    happens = (
+        f"the ranks finish their step, save and leave{where}"
+        if held
+        else "no launcher is at work here; the next `run` will not start anything"
+    )
+    sys.stdout.write(
+        f"{note}\n{happens}\nto go on later: rm {run_dir / STOP_NAME}, then the same `run` again\n"
+    )
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first is not None and first not in _COMMANDS:
+        near = difflib.get_close_matches(first, _COMMANDS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        parser.error(f"unknown command '{first}'{hint} (have: {', '.join(_COMMANDS)})")
+    options, rest = parser.parse_known_args(argv)
+    # argparse takes positionals in one go: overrides after an option come back here.
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in late]
+    if unknown or (late and options.command != "run"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or late)}")
+    if options.command == "run":
+        options.overrides = [*options.overrides, *late]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | status | stop")
+    run = commands.add_parser(
+        "run",
+        help="start a run, or go on with it",
+        description="Start a run, or go on with the one in the folder: the same command does both.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or path of a .yaml file")
+    run.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="values in place of the recipe's"
+    )
+    run.add_argument(
+        "--run-dir", type=Path, required=True, metavar="DIR", help="folder of the run; made if new"
+    )
+    run.add_argument(
+        "--backend", choices=["local"], default="local", help="local: processes on this machine"
+    )
+    run.add_argument(
+        "--nproc",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes; must divide every stage's batch_size (default: %(default)s)",
+    )
+    status = commands.add_parser("status", help="how a run stands", allow_abbrev=False)
+    status.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
+    status.add_argument("--json", action="store_true", help="one JSON object, for scripts")
+    stop = commands.add_parser("stop", help="save and stop a run for good", allow_abbrev=False)
+    stop.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
+    return parser
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in containers
+        return "an unnamed user"
+
+
+def _fail(message: str, *, code: int) -> int:
+    sys.stderr.write(f"{message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

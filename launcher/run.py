@@ -1,0 +1,209 @@
+"""Executes a recipe in a run folder: stage after stage, crash after crash, until it is over.
+
+It keeps no state between incarnations: what comes next is read from the folder each time.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cocoa_dist.config import RunConfig, load_recipe, recipe_path
+from launcher.advance import Done, Start, Stopped, decide, position
+from launcher.history import (
+    Verdict,
+    end_incarnation,
+    end_lost_incarnations,
+    new_epoch,
+    start_incarnation,
+)
+from launcher.local import TRAINER, Ending, Interrupts, Order, run_incarnation
+from launcher.progress import Display, duration, say
+from launcher.runfolder import STOP_NAME, check_usable, locked, prepare
+from launcher.steplog import Follower
+
+GIVEN_UP_CODE = 93  # NVIDIA's resiliency tools use it for "do not restart"
+MAX_ATTEMPTS = 3  # in a row without a new checkpoint
+_GO_ON = "the same command goes on from the last checkpoint"
+_PAUSE_SECONDS = 1.0  # between a crash and the next attempt
+
+
+class BadInputError(ValueError):
+    """Something the caller gave cannot be used; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What was asked for on the command line."""
+
+    recipe: str  # name or path
+    overrides: tuple[str, ...]
+    run_dir: Path
+    num_processes: int
+
+
+def run(request: RunRequest, *, console: Console, trainer: tuple[str, ...] = TRAINER) -> int:
+    """Start a run or go on with it; return the exit code of the command.
+
+    Raises ConfigError, RunFolderError or BadInputError for what the caller has to change; unless
+    it was a rank that found it, nothing has been written then.
+    """
+    config = load_recipe(request.recipe, request.overrides)
+    check_num_processes(config, num_processes=request.num_processes)
+    run_dir = request.run_dir.expanduser().absolute()
+    check_usable(run_dir)
+    with Interrupts() as interrupts, locked(run_dir):
+        adopted = prepare(run_dir, config=config, recipe_file=recipe_path(request.recipe))
+        for line in adopted:
+            say(console, f"changed since the last start: {line}")
+        for item in end_lost_incarnations(run_dir):
+            say(console, f"the last launcher was killed in stage {item.stage} ({item.epoch})")
+        session = _Session(
+            config=config,
+            run_dir=run_dir,
+            num_processes=request.num_processes,
+            trainer=trainer,
+            console=console,
+            interrupts=interrupts,
+        )
+        return session.go()
+
+
+def check_num_processes(config: RunConfig, *, num_processes: int) -> None:
+    """Raise BadInputError unless the number of processes divides every stage's batch size."""
+    if num_processes < 1:
+        raise BadInputError(f"--nproc is {num_processes}, expected at least 1")
+    sizes = {name: stage.batch_size for name, stage in config.stages.items()}
+    wrong = [(name, size) for name, size in sizes.items() if size % num_processes]
+    if not wrong:
+        return
+    common = math.gcd(*sizes.values())
+    fitting = [n for n in range(1, common + 1) if common % n == 0]
+    near = [max((n for n in fitting if n < num_processes), default=None)]
+    near.append(min((n for n in fitting if n > num_processes), default=None))
+    listed = "\n".join(
+        f"  stage '{name}': batch_size {size} cannot be shared by {num_processes} processes"
+        for name, size in wrong
+    )
+    works = " or ".join(str(n) for n in near if n is not None)
+    raise BadInputError(
+        f"--nproc {num_processes} does not divide every batch size:\n{listed}\n"
+        f"use --nproc {works}, or other batch sizes"
+    )
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One call of `run`, with the lock held."""
+
+    config: RunConfig
+    run_dir: Path
+    num_processes: int
+    trainer: tuple[str, ...]
+    console: Console
+    interrupts: Interrupts
+
+    def go(self) -> int:
+        """Walk the stages; return the exit code."""
+        failures = 0  # attempts in a row without a new checkpoint
+        while True:
+            decision = decide(self.config, self.run_dir)
+            if isinstance(decision, Done):
+                self._say(f"run '{self.config.name}' is finished: {decision.checkpoint}")
+                return 0
+            if self.interrupts.count:
+                self._say(f"interrupted by {self.interrupts.signal.name}; {_GO_ON}")
+                return self.interrupts.exit_code
+            if isinstance(decision, Stopped):
+                self._say(f"{self.run_dir / STOP_NAME}: {decision.note}")
+                self._say(f"to go on: rm {self.run_dir / STOP_NAME}, then the same command again")
+                return 0
+            before = position(self.config, decision)
+            ending, failures = self._incarnate(before, failures=failures)
+            if ending.verdict is Verdict.BAD_INPUT:
+                raise BadInputError(ending.reason)
+            if ending.verdict is Verdict.GIVEN_UP:
+                self._say(f"giving up: {failures} attempts in a row without a new checkpoint")
+                return GIVEN_UP_CODE
+            if ending.verdict is Verdict.CRASH:
+                self._pause()
+
+    def _incarnate(self, before: tuple[int, int], *, failures: int) -> tuple[Ending, int]:
+        """Run one incarnation, record it; return its ending and the new count of failures."""
+        epoch = new_epoch(self.run_dir)  # the fence first: nothing commits behind decide's back
+        start = decide(self.config, self.run_dir)
+        if not isinstance(start, Start):  # what it kept out had just been committed, or STOP
+            return Ending(Verdict.FINISHED, ""), 0
+        self._announce(start, epoch=epoch)
+        begun = start_incarnation(
+            self.run_dir,
+            epoch=epoch,
+            stage=start.stage,
+            from_step=start.from_step,
+            world_size=self.num_processes,
+        )
+        ending = self._supervise(start, epoch=epoch)
+        after = position(self.config, decide(self.config, self.run_dir))
+        if ending.verdict is Verdict.FINISHED and after[0] == before[0]:
+            reason = f"said '{start.stage}' is finished, but left no complete checkpoint of it"
+            ending = Ending(Verdict.CRASH, reason, ending.log)
+        failures = 0 if after > before else failures + 1
+        crashed = ending.verdict in (Verdict.CRASH, Verdict.PREEMPTED)
+        if crashed and failures >= MAX_ATTEMPTS and not self.interrupts.count:
+            ending = Ending(Verdict.GIVEN_UP, ending.reason, ending.log)
+        end_incarnation(self.run_dir, begun, verdict=ending.verdict, reason=ending.reason)
+        self._report(start, ending, seconds=time.time() - begun.started_at, failures=failures)
+        return ending, failures
+
+    def _supervise(self, start: Start, *, epoch: str) -> Ending:
+        follower = Follower(self.run_dir)
+        order = Order(
+            trainer=self.trainer,
+            run_dir=self.run_dir,
+            stage=start.stage,
+            epoch=epoch,
+            world_size=self.num_processes,
+            threads=self.config.runtime.threads,
+        )
+        with Display(
+            self.console,
+            stage=start.stage,
+            from_step=start.from_step,
+            target_step=start.target_step,
+        ) as display:
+            return run_incarnation(
+                order,
+                interrupts=self.interrupts,
+                tick=lambda: display.update([r for r in follower.poll() if r.epoch == epoch]),
+            )
+
+    def _announce(self, start: Start, *, epoch: str) -> None:
+        for fault in start.skipped:
+            self._say(f"skipped: {fault}")
+        place = "from the start" if start.checkpoint is None else f"after step {start.from_step}"
+        self._say(
+            f"{start.stage}: {place} of {start.target_step} steps, "
+            f"{self.num_processes} processes, incarnation {epoch}"
+        )
+
+    def _report(self, start: Start, ending: Ending, *, seconds: float, failures: int) -> None:
+        detail = f" ({ending.reason})" if ending.reason else ""
+        if ending.verdict is Verdict.FINISHED:
+            self._say(f"{start.stage}: finished after {duration(seconds)}{detail}")
+        elif ending.verdict in (Verdict.CRASH, Verdict.GIVEN_UP):
+            self._say(f"{start.stage}: crash: {ending.reason}")
+            self._say(f"  its log: {ending.log}")
+            if failures and ending.verdict is Verdict.CRASH:
+                self._say(f"  attempt {failures} of {MAX_ATTEMPTS} without a new checkpoint")
+        elif ending.verdict is not Verdict.BAD_INPUT:
+            self._say(f"{start.stage}: {ending.verdict.value}{detail}")
+
+    def _pause(self) -> None:
+        deadline = time.monotonic() + _PAUSE_SECONDS
+        while time.monotonic() < deadline and not self.interrupts.count:
+            time.sleep(0.05)
+
+    def _say(self, text: str) -> None:
+        say(self.console, text)

@@ -1,0 +1,68 @@
+"""Draws the status of a run as a table."""
+
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from launcher.progress import duration
+from launcher.runfolder import RESOLVED_NAME, stop_note, timestamp
+from launcher.status import Status, count_quarantined
+
+_STYLES = {
+    "done": "green",
+    "running": "green",
+    "stalled": "bold red",
+    "given_up": "bold red",
+    "preempted": "yellow",
+    "stopped": "yellow",
+}
+
+
+def show_status(console: Console, status: Status, *, run_dir: Path) -> None:
+    """Print facts and stages of a run."""
+    console.print(Group(_facts(status, run_dir=run_dir), _stages(status)))
+
+
+def _facts(status: Status, *, run_dir: Path) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    state = Text(status.state, style=_STYLES.get(status.state, ""))
+    grid.add_row("run", Text(f"{status.run} (recipe {status.recipe})"))
+    grid.add_row("state", state)
+    note = stop_note(run_dir)
+    if note is not None:
+        grid.add_row("STOP", Text(note))
+    grid.add_row("stage", Text(f"{status.stage}, step {status.step} of {status.target_step}"))
+    grid.add_row("incarnation", Text(status.epoch or "none yet"))
+    restarts = ", ".join(f"{number} {reason}" for reason, number in status.restarts.items())
+    grid.add_row("restarts", Text(restarts or "none"))
+    grid.add_row("replayed", Text(f"{status.replayed_steps} steps"))
+    if status.goodput is not None:
+        grid.add_row("goodput", Text(f"{status.goodput:.1%}"))
+    last = status.last_checkpoint
+    if last is not None:
+        age = duration(last.age_seconds)
+        grid.add_row("checkpoint", Text(f"{last.stage}, step {last.step}, {age} old"))
+    if status.eta_seconds is not None and status.state == "running":
+        grid.add_row("time left", Text(f"about {duration(status.eta_seconds)}"))
+    grid.add_row("quarantined", Text(f"{count_quarantined(run_dir)} records"))
+    grid.add_row("begun", Text(timestamp((run_dir / RESOLVED_NAME).stat().st_mtime)))
+    return grid
+
+
+def _stages(status: Status) -> RenderableType:
+    table = Table("stage", "state", "step", "of", "loss", "wall time")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for stage in status.stages:
+        loss = ", ".join(f"{name} {value:.4g}" for name, value in stage.loss.items())
+        table.add_row(
+            stage.stage,
+            stage.state,
+            str(stage.step),
+            str(stage.target_step),
+            loss or "-",
+            duration(stage.wall_seconds) if stage.wall_seconds else "-",
+        )
+    return table
