@@ -1,0 +1,376 @@
+"""From corrupted samples to one PackedBatch: rows end to end, patches, targets, attention plans.
+
+Everything is vectorised over the pack; only segments are walked one by one. Pixels get their noise
+here, so that a target is always the clean picture.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cocoa_dist.attention.plan import AttentionPlan, compile_plan
+from cocoa_dist.batch import PackedBatch
+from cocoa_dist.data.corruption import CorruptedSample, uncorrupted
+from cocoa_dist.data.images import Pixels
+from cocoa_dist.data.order import greedy_knapsack
+from cocoa_dist.data.records import Record, Side, side_texts
+from cocoa_dist.data.samples import (
+    Bools,
+    ImageGeometry,
+    Ints,
+    ViewSettings,
+    Vocabulary,
+    filler_sample,
+)
+from cocoa_dist.segments import AttentionRule, Role, Segment, attention_rule
+
+Floats = NDArray[np.float32]
+
+# CLIP's statistics (arXiv 2103.00020), which Qwen2-VL keeps; of values in [0, 1], red green blue.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_VISION_PLANS = 32  # kept: pictures of one size give the same plan in every step
+_VARIANCE_FLOOR = 1e-6  # of normalised patches (arXiv 2111.06377, released code)
+_EACH_PICTURE = attention_rule("bidirectional")
+
+
+@dataclass(frozen=True)
+class EmbeddingInfo:
+    """Which embedding a sample of the pack is."""
+
+    pair_id: int  # position of its pair in the global batch
+    side: Literal[0, 1]  # 0 query, 1 target
+    identity: int  # int64, see identity_number; equal for targets that are the same thing
+    weight: float = 1.0  # 0 for a record that could not be used
+
+
+def identity_number(identity: str) -> int:
+    """Return a record's identity as int64."""
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def build_pack(
+    samples: Sequence[CorruptedSample],
+    *,
+    rule: AttentionRule,
+    geometry: ImageGeometry,
+    vocabulary: Vocabulary,
+    embeddings: Sequence[EmbeddingInfo] = (),
+    pooling: Literal["last", "mean"] = "last",
+    noise: Sequence[np.random.Generator] = (),
+    normalise_patches: bool = False,
+) -> PackedBatch:
+    """Build one micro-batch on the host.
+
+    `embeddings`: one for each sample, or none at all. `noise`: one generator for each sample,
+    needed where visual tokens are hidden. Without samples the pack holds a filler alone.
+    """
+    if not samples:
+        samples = [uncorrupted(filler_sample(vocabulary), geometry=geometry)]
+        embeddings = ()
+    if embeddings and len(embeddings) != len(samples):
+        raise ValueError(f"{len(samples)} samples, but {len(embeddings)} embeddings")
+    lengths = np.array([len(s.input_ids) for s in samples])
+    starts = np.cumsum(lengths) - lengths
+    clean_ids = np.concatenate([s.sample.input_ids for s in samples])
+    image_rows = np.flatnonzero(clean_ids == vocabulary.image_pad)
+    vision = _vision(samples, geometry=geometry, noise=noise, normalise=normalise_patches)
+    pooled = _pooled_rows(starts, lengths, pooling) if embeddings else _no_rows()
+    num_real = sum(not s.sample.is_filler for s in samples)
+    return PackedBatch(
+        input_ids=_joined([s.input_ids for s in samples]),
+        position_ids=_positions(clean_ids, starts, samples, vocabulary, geometry),
+        plan=_plan(samples, starts, rule),
+        pixel_values=torch.from_numpy(vision.pixels),
+        image_grid_thw=torch.tensor(vision.grids, dtype=torch.int64),
+        vision_plan=_vision_plan(tuple(vision.grids)),
+        image_rows=torch.from_numpy(image_rows),
+        label_rows=_joined(
+            [s.label_rows + start for s, start in zip(samples, starts, strict=True)]
+        ),
+        labels=_joined([s.labels for s in samples]),
+        patch_rows=torch.from_numpy(image_rows[vision.hidden]),
+        patch_targets=torch.from_numpy(vision.targets),
+        pool_rows=torch.from_numpy(pooled.rows),
+        pool_index=torch.from_numpy(pooled.index),
+        pair_ids=torch.tensor([e.pair_id for e in embeddings], dtype=torch.int64),
+        sides=torch.tensor([e.side for e in embeddings], dtype=torch.int64),
+        identities=torch.tensor([e.identity for e in embeddings], dtype=torch.int64),
+        pair_weights=torch.tensor([e.weight for e in embeddings], dtype=torch.float32),
+        num_filler_images=vision.num_fillers,
+        num_samples=num_real,
+        num_image_tokens=len(vision.pixels) // geometry.merge**2,
+    )
+
+
+def patchify(images: NDArray[np.uint8], *, geometry: ImageGeometry) -> Floats:
+    """Turn pictures of one size (N, H, W, 3) into patches (N * patches, C), normalised.
+
+    Order of patches and of the C = 3 * temporal * patch_size**2 values as Qwen2-VL's processor: the
+    patches of one visual token are neighbours; a patch is (colour, frame, row, column).
+    """
+    count, height, width, _ = images.shape
+    size, merge = geometry.patch_size, geometry.merge
+    high, wide = height // geometry.factor, width // geometry.factor
+    split = images.reshape(count, high, merge, size, wide, merge, size, 3)
+    ordered = split.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, 3, size * size)
+    scale = np.array([1.0 / (255.0 * std) for std in CLIP_STD], dtype=np.float32)
+    offset = np.array([m / std for m, std in zip(CLIP_MEAN, CLIP_STD, strict=True)], np.float32)
+    frame = ordered * scale[:, None] - offset[:, None]
+    patches = np.empty((len(frame), 3, geometry.temporal, size * size), dtype=np.float32)
+    patches[:] = frame[:, :, None]
+    return patches.reshape(len(frame), -1)
+
+
+def rope_positions(
+    input_ids: Ints,
+    grids: Sequence[tuple[int, int, int]],
+    vocabulary: Vocabulary,
+    *,
+    merge: int = 2,
+) -> Ints:
+    """M-RoPE positions (3, n) of one sample: time, height, width (arXiv 2409.12191, section 2.1).
+
+    `grids` holds (time, height, width) in patches of each picture, in order. Text goes on behind
+    the largest position of a picture. Raises ValueError if pictures and tokens do not fit.
+    """
+    rows = np.flatnonzero(input_ids == vocabulary.image_pad)
+    grids_N3 = np.array(grids, dtype=np.int64).reshape(-1, 3)
+    high, wide = grids_N3[:, 1] // merge, grids_N3[:, 2] // merge
+    sizes = grids_N3[:, 0] * high * wide
+    if sizes.sum() != len(rows):
+        raise ValueError(
+            f"{len(rows)} visual tokens, but pictures of {grids_N3.tolist()} patches have "
+            f"{sizes.sum()}"
+        )
+    advance = np.ones(len(input_ids), dtype=np.int64)
+    advance[rows] = 0
+    ends = np.cumsum(sizes)
+    advance[rows[ends - 1]] = np.maximum(grids_N3[:, 1], grids_N3[:, 2]) // merge
+    positions = np.tile(np.cumsum(advance) - advance, (3, 1))
+    if len(rows):
+        inside = np.arange(len(rows)) - np.repeat(ends - sizes, sizes)
+        high_of, wide_of = np.repeat(high, sizes), np.repeat(wide, sizes)
+        positions[0, rows] += inside // (high_of * wide_of)
+        positions[1, rows] += inside // wide_of % high_of
+        positions[2, rows] += inside % wide_of
+    return positions
+
+
+def length_bound(
+    view: str,
+    *,
+    num_text_tokens: int,
+    image_sizes: Sequence[tuple[int, int]],
+    record: Record | None,
+    vocabulary: Vocabulary,
+    settings: ViewSettings,
+) -> tuple[int, int]:
+    """Return the most (tokens, patches) that the samples of one record can have together.
+
+    `num_text_tokens` and `image_sizes` are the index's; UNKNOWN_TOKENS and sizes of 0 are allowed.
+    With the record the bound is tight; without it every picture may be in one sample.
+    """
+    limit = settings.max_text_tokens
+    known = num_text_tokens >= 0
+    text = min(num_text_tokens, limit) if known else limit
+    costs = [_picture_cost(size, settings) for size in image_sizes]
+
+    def pictures(side: Side) -> tuple[int, int]:
+        return _added([costs[part.image] for part in side if part.kind == "image"])
+
+    query = target = _added(costs)
+    if record is not None:
+        query = pictures(record.query)
+        sides = [pictures(side) for side in record.positives or (record.target,)]
+        target = max(sides, key=lambda cost: cost[1])
+    if view != "pair":
+        tokens, patches = query if query[1] or record is None else target
+        if view == "bridged":
+            text = min(num_text_tokens, 2 * limit) if known else 2 * limit
+        return tokens + text + 2, patches
+    if record is None:
+        return query[0] + 2 * limit + 2, query[1]
+    instruction = len(vocabulary.encode(settings.instruction)) + 1 if settings.instruction else 0
+    texts = [" ".join(side_texts(side)) for side in record.positives or (record.target,)]
+    longest = max(min(len(vocabulary.encode(one)), limit) for one in texts)
+    tokens = query[0] + target[0] + min(text + instruction, limit) + longest + 2
+    return tokens, query[1] + target[1]
+
+
+def _picture_cost(size: tuple[int, int], settings: ViewSettings) -> tuple[int, int]:
+    """Tokens and patches of a picture of that size; none if it cannot be used."""
+    try:
+        height, width = settings.pictures.model_size(*size)
+    except ValueError:
+        return 0, 0
+    count = settings.geometry.num_tokens(height, width)
+    return count + 2, count * settings.geometry.merge**2
+
+
+def _added(costs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(tokens for tokens, _ in costs), sum(patches for _, patches in costs)
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """The pictures of a pack."""
+
+    pixels: Floats  # (P, C), hidden tokens replaced by noise
+    grids: list[tuple[int, int, int]]  # per picture, in patches
+    hidden: Bools  # (M,): which visual tokens are hidden
+    targets: Floats  # (R, C'): clean pixels of the hidden ones
+    num_fillers: int
+
+
+def _vision(
+    samples: Sequence[CorruptedSample],
+    *,
+    geometry: ImageGeometry,
+    noise: Sequence[np.random.Generator],
+    normalise: bool,
+) -> _Vision:
+    images = [image for s in samples for image in s.sample.images]
+    per_token = geometry.merge**2
+    values = 3 * geometry.temporal * geometry.patch_size**2
+    target_values = per_token * 3 * geometry.patch_size**2
+    if not images:
+        return _Vision(
+            pixels=np.zeros((per_token, values), dtype=np.float32),
+            grids=[(1, geometry.merge, geometry.merge)],
+            hidden=np.zeros(0, dtype=np.bool_),
+            targets=np.zeros((0, target_values), dtype=np.float32),
+            num_fillers=1,
+        )
+    pixels = _all_patches(images, geometry=geometry)
+    hidden = np.concatenate([mask for s in samples for mask in s.image_masks])
+    rows = np.flatnonzero(np.repeat(hidden, per_token))
+    first_frame = pixels[rows].reshape(len(rows), 3, geometry.temporal, geometry.patch_size**2)[
+        :, :, 0
+    ]
+    targets = first_frame.reshape(len(rows), 3 * geometry.patch_size**2)
+    if normalise and len(rows):
+        centred = targets - targets.mean(axis=1, keepdims=True)
+        variance = targets.var(axis=1, ddof=1, keepdims=True)
+        targets = centred / np.sqrt(variance + np.float32(_VARIANCE_FLOOR))
+    if len(rows):
+        pixels[rows] = _noise(samples, noise, per_token=per_token, values=values)
+    return _Vision(
+        pixels=pixels,
+        grids=[geometry.grid(image) for image in images],
+        hidden=hidden,
+        targets=targets.reshape(int(hidden.sum()), target_values),
+        num_fillers=0,
+    )
+
+
+def _all_patches(images: Sequence[Pixels], *, geometry: ImageGeometry) -> Floats:
+    """Patchify pictures of any sizes, one call for each size, and put them back in order."""
+    shapes = [image.shape for image in images]
+    if len(set(shapes)) == 1:
+        return patchify(np.stack(images), geometry=geometry)
+    parts: list[Floats] = [np.empty(0, dtype=np.float32)] * len(images)
+    for shape in dict.fromkeys(shapes):
+        chosen = [index for index, other in enumerate(shapes) if other == shape]
+        patches = patchify(np.stack([images[index] for index in chosen]), geometry=geometry)
+        for index, part in zip(chosen, np.split(patches, len(chosen)), strict=True):
+            parts[index] = part
+    return np.concatenate(parts)
+
+
+def _noise(
+    samples: Sequence[CorruptedSample],
+    noise: Sequence[np.random.Generator],
+    *,
+    per_token: int,
+    values: int,
+) -> Floats:
+    """Draw unit-Gaussian patches for the hidden tokens, from each record's own generator."""
+    if len(noise) != len(samples):
+        raise ValueError(
+            f"visual tokens are hidden: expected a generator for each of {len(samples)} samples, "
+            f"found {len(noise)}"
+        )
+    drawn = []
+    for sample, draw in zip(samples, noise, strict=True):
+        count = sum(int(mask.sum()) for mask in sample.image_masks)
+        if count:
+            drawn.append(draw.standard_normal((count * per_token, values), dtype=np.float32))
+    return np.concatenate(drawn)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    rows: Ints
+    index: Ints
+
+
+def _no_rows() -> _Rows:
+    return _Rows(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
+def _pooled_rows(starts: Ints, lengths: Ints, pooling: Literal["last", "mean"]) -> _Rows:
+    """Return the rows each sample's embedding is averaged from: EOS, or all of them."""
+    if pooling == "last":
+        return _Rows(starts + lengths - 1, np.arange(len(starts)))
+    return _Rows(np.arange(int(lengths.sum())), np.repeat(np.arange(len(starts)), lengths))
+
+
+def _positions(
+    clean_ids: Ints,
+    starts: Ints,
+    samples: Sequence[CorruptedSample],
+    vocabulary: Vocabulary,
+    geometry: ImageGeometry,
+) -> torch.Tensor:
+    """M-RoPE positions (3, T), from 0 again in every sample.
+
+    Positions only ever grow by what came before, so those of the whole pack, less each sample's
+    first, are those of the samples alone: one call instead of one for each sample.
+    """
+    grids = [geometry.grid(image) for s in samples for image in s.sample.images]
+    running = rope_positions(clean_ids, grids, vocabulary, merge=geometry.merge)
+    lengths = np.diff(starts, append=len(clean_ids))
+    return torch.from_numpy(running - np.repeat(running[:, starts], lengths, axis=1))
+
+
+def _plan(samples: Sequence[CorruptedSample], starts: Ints, rule: AttentionRule) -> AttentionPlan:
+    moved = [
+        [Segment(s.start + start, s.stop + start, s.role) for s in sample.sample.segments]
+        for sample, start in zip(samples, starts.tolist(), strict=True)
+    ]
+    return compile_plan(moved, rule)
+
+
+@lru_cache(maxsize=_VISION_PLANS)
+def _vision_plan(grids: tuple[tuple[int, int, int], ...]) -> AttentionPlan:
+    stops = np.cumsum([time * high * wide for time, high, wide in grids]).tolist()
+    pictures = [
+        [Segment(start, stop, Role.CONTEXT)]
+        for start, stop in zip([0, *stops[:-1]], stops, strict=True)
+    ]
+    return compile_plan(pictures, _EACH_PICTURE)
+
+
+def _joined(parts: Sequence[Ints]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts))
+
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "EmbeddingInfo",
+    "build_pack",
+    "greedy_knapsack",
+    "identity_number",
+    "length_bound",
+    "patchify",
+    "rope_positions",
+]

@@ -1,0 +1,499 @@
+"""From a record to samples: token ids, roles and pictures at the model's size; no torch.
+
+A view decides what a record becomes in a stage: a caption under its picture, a context bridged to a
+target, plain language, or the two sides of a pair. Views are pure functions of (record, draw). A
+record that cannot be used becomes a filler with a reason; it never raises into the loader.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from cocoa_dist.config import DataConfig, ImageConfig, ModelConfig, StageDataConfig
+from cocoa_dist.data.images import Pixels, decode_image, resize_image, smart_size
+from cocoa_dist.data.records import Record, Side, side_texts
+from cocoa_dist.manifest import sha256_file
+from cocoa_dist.segments import Role, Segment
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_TOKENIZER_FILE = "tokenizer.json"
+_WHITE = 255
+_MEMO_TEXTS = 65536  # encoded texts kept; names and short captions recur in every pass
+_NAME_ALONE_SHARE = 0.3  # of captions when keywords are sampled
+_WITH_NAME_SHARE = 0.75  # of the captions that have keywords
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """How pixels become patches and patches become visual tokens."""
+
+    patch_size: int  # pixels, one side
+    merge: int = 2  # patches merged into one token, one side
+    temporal: int = 2  # frames of a patch; a picture is repeated
+
+    @property
+    def factor(self) -> int:
+        """Pixels of one side that a visual token covers; sides are multiples of it."""
+        return self.patch_size * self.merge
+
+    def grid(self, image: Pixels) -> tuple[int, int, int]:
+        """Return (1, height, width) of a picture at the model's size, in patches."""
+        return 1, image.shape[0] // self.patch_size, image.shape[1] // self.patch_size
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of height x width pixels at the model's size."""
+        return (height // self.factor) * (width // self.factor)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of the tokens that the package writes itself, and plain BPE for the rest."""
+
+    eos: int  # config.model.bridge_token: the embedding is read from it
+    image_pad: int
+    vision_start: int
+    vision_end: int
+    mask: int
+    bos: int  # <|im_start|>
+    size: int  # ids are below it; the model's embedding table must be at least as large
+    encoder: Callable[[str], Sequence[int]] = field(repr=False, compare=False)
+    sha256: str = ""  # of tokenizer.json; "" where there is none
+
+    def encode(self, text: str) -> list[int]:
+        """Return plain BPE ids: special tokens written out in a text are read as text."""
+        return list(self.encoder(text))
+
+    @classmethod
+    def load(cls, tokenizer_path: Path, model_config: ModelConfig) -> "Vocabulary":
+        """Load from a Hugging Face folder; a mask token that it lacks is added behind the last id.
+
+        Raises ValueError naming the folder and the token that is missing.
+        """
+        tokenizer = _load_tokenizer(tokenizer_path)
+        if tokenizer.token_to_id(model_config.mask_token) is None:
+            tokenizer.add_special_tokens([model_config.mask_token])
+        tokens = {
+            "eos": model_config.bridge_token,
+            "image_pad": "<|image_pad|>",
+            "vision_start": "<|vision_start|>",
+            "vision_end": "<|vision_end|>",
+            "mask": model_config.mask_token,
+            "bos": "<|im_start|>",
+        }
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        missing = [token for token in tokens.values() if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"tokenizer {tokenizer_path} has no token {', '.join(missing)}, expected one of "
+                "Qwen2-VL's kind; set model.tokenizer or model.bridge_token"
+            )
+        file = tokenizer_path / _TOKENIZER_FILE
+        return cls(
+            **{name: vocabulary[token] for name, token in tokens.items()},
+            size=1 + max(vocabulary.values()),
+            encoder=lru_cache(maxsize=_MEMO_TEXTS)(
+                lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+            ),
+            sha256=sha256_file(file) if file.is_file() else "",
+        )
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """Read tokenizer.json without transformers, whose import takes seconds, where there is one."""
+    file = path / _TOKENIZER_FILE
+    if file.is_file():
+        tokenizer = Tokenizer.from_file(str(file))
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(path)).backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a caption that says <|image_pad|> says just that
+    return tokenizer
+
+
+class PictureCache:
+    """Decoded pictures at the model's size, the least recently used dropped first.
+
+    Keyed by content, so that one picture in two data sets is decoded once.
+    """
+
+    def __init__(self, *, config: ImageConfig, geometry: ImageGeometry) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._kept: OrderedDict[bytes, Pixels] = OrderedDict()
+        self._num_bytes = 0
+
+    def load(self, data: bytes) -> Pixels:
+        """Return the decoded and resized picture, read-only. Raises ValueError by name."""
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+            return found
+        decoded = decode_image(data, max_pixels=self._config.max_decoded_pixels)
+        picture = np.array(self.fit(decoded))
+        picture.setflags(write=False)
+        self._kept[key] = picture
+        self._num_bytes += picture.nbytes
+        while self._num_bytes > self._config.cache_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self._num_bytes -= dropped.nbytes
+        return picture
+
+    def fit(self, image: Pixels) -> Pixels:
+        """Resize to the model's size; a picture that has it is returned as it is."""
+        height, width = self.model_size(*image.shape[:2])
+        return resize_image(image, height=height, width=width)
+
+    def model_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) in pixels of a picture of that size at the model's input."""
+        return smart_size(
+            height,
+            width,
+            factor=self._geometry.factor,
+            min_pixels=self._config.min_pixels,
+            max_pixels=self._config.max_pixels,
+        )
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What all views of a stage share."""
+
+    image: ImageConfig
+    geometry: ImageGeometry
+    max_text_tokens: int
+    pictures: PictureCache = field(repr=False, compare=False)
+    keywords: Literal["sample", "all", "none"] = "all"
+    image_share: float = 1.0
+    instruction: str = ""
+    augment: bool = False  # shift and darken pictures; training only
+
+
+def view_settings(
+    data: DataConfig,
+    *,
+    geometry: ImageGeometry,
+    stage: StageDataConfig | None = None,
+    training: bool = False,
+) -> ViewSettings:
+    """Return a stage's settings; without `stage`, what evaluation and export need."""
+    of_stage = {"keywords", "image_share", "instruction"}
+    return ViewSettings(
+        image=data.image,
+        geometry=geometry,
+        max_text_tokens=data.max_text_tokens,
+        pictures=PictureCache(config=data.image, geometry=geometry),
+        augment=training,
+        **({} if stage is None else stage.model_dump(include=of_stage)),
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of n tokens, before corruption, in its own coordinates."""
+
+    input_ids: Ints  # (n,)
+    segments: tuple[Segment, ...]  # tile [0, n) in order
+    images: tuple[Pixels, ...]  # at the model's size, in the order of their tokens
+    text_positions: Bools  # (n,): may be masked or supervised; never special or visual tokens
+    truncated: int = 0  # texts that were cut
+    is_filler: bool = False  # stands for a record that could not be used
+
+
+@dataclass(frozen=True)
+class ViewResult:
+    """What a record became: its samples, or fillers and the reason."""
+
+    samples: tuple[Sample, ...]
+    reason: str | None = None  # why the record could not be used
+
+
+# (record, *, draw, vocabulary, settings); raises ValueError for a record that it cannot use
+View = Callable[..., tuple[Sample, ...]]
+
+
+def draw_for(seed: int, stage: str, passes: int, record_id: int) -> np.random.Generator:
+    """Return the generator of one record in one pass: the same on any rank, worker and world size.
+
+    Counter-based (Philox), so there is no generator state to save.
+    """
+    text = f"{seed}/{stage}/{passes}/{record_id}"
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
+
+
+def view_samples(
+    view: str,
+    record: Record,
+    *,
+    draw: np.random.Generator,
+    vocabulary: Vocabulary,
+    settings: ViewSettings,
+) -> ViewResult:
+    """Apply a view by name; a record that it cannot use becomes fillers with the reason."""
+    try:
+        made = VIEWS[view](record, draw=draw, vocabulary=vocabulary, settings=settings)
+    except ValueError as error:
+        return ViewResult(fillers(view, vocabulary), reason=str(error))
+    return ViewResult(made)
+
+
+def fillers(view: str, vocabulary: Vocabulary) -> tuple[Sample, ...]:
+    """Return the fillers that keep the place of a record of this view."""
+    return (filler_sample(vocabulary),) * (2 if view == "pair" else 1)
+
+
+def filler_sample(vocabulary: Vocabulary) -> Sample:
+    """Return a sample that is EOS alone, with nothing to mask or supervise."""
+    return Sample(
+        input_ids=np.array([vocabulary.eos], dtype=np.int64),
+        segments=(Segment(0, 1, Role.BRIDGE),),
+        images=(),
+        text_positions=np.zeros(1, dtype=np.bool_),
+        is_filler=True,
+    )
+
+
+def embedding_sample(
+    *,
+    text: str | None,
+    image: Pixels | None,
+    instruction: str,
+    vocabulary: Vocabulary,
+    settings: ViewSettings,
+) -> Sample:
+    """Serialise one thing to embed: picture, then instruction and text, then EOS.
+
+    `image` is decoded RGB of any size. The exported model reproduces these ids exactly.
+    """
+    images = () if image is None else (settings.pictures.fit(image),)
+    return _embedding(images, text or "", instruction, vocabulary=vocabulary, settings=settings)
+
+
+class _Writer:
+    """A sample while it is being written, part by part."""
+
+    def __init__(self, vocabulary: Vocabulary, settings: ViewSettings) -> None:
+        self._vocabulary = vocabulary
+        self._settings = settings
+        self._ids: list[int] = []
+        self._text: list[bool] = []
+        self._segments: list[Segment] = []
+        self._images: list[Pixels] = []
+        self._truncated = 0
+
+    def pictures(self, images: Sequence[Pixels]) -> None:
+        """Write pictures, CONTEXT: one token for each merged patch, between start and end."""
+        words = self._vocabulary
+        for image in images:
+            count = self._settings.geometry.num_tokens(*image.shape[:2])
+            ids = [words.vision_start, *[words.image_pad] * count, words.vision_end]
+            self._write(ids, Role.CONTEXT, is_text=False)
+            self._images.append(image)
+
+    def text(self, text: str, role: Role = Role.CONTEXT) -> None:
+        """Write a text, cut to max_text_tokens. Raises ValueError if it has no token."""
+        ids = self._vocabulary.encode(text)
+        if not ids:
+            raise ValueError(f"text {text!r} has no tokens, expected some text")
+        limit = self._settings.max_text_tokens
+        self._truncated += len(ids) > limit
+        self._write(ids[:limit], role, is_text=True)
+
+    def token(self, token: int, role: Role = Role.CONTEXT, *, is_text: bool = False) -> None:
+        """Write one special token."""
+        self._write([token], role, is_text=is_text)
+
+    def sample(self) -> Sample:
+        """Return what was written; neighbours of one role are one segment."""
+        return Sample(
+            input_ids=np.array(self._ids, dtype=np.int64),
+            segments=tuple(self._segments),
+            images=tuple(self._images),
+            text_positions=np.array(self._text, dtype=np.bool_),
+            truncated=self._truncated,
+        )
+
+    def _write(self, ids: list[int], role: Role, *, is_text: bool) -> None:
+        start = len(self._ids)
+        if self._segments and self._segments[-1].role is role:
+            start = self._segments.pop().start
+        self._ids += ids
+        self._text += [is_text] * len(ids)
+        self._segments.append(Segment(start, len(self._ids), role))
+
+
+def _caption_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Picture, then its text; all CONTEXT."""
+    writer = _Writer(vocabulary, settings)
+    writer.pictures(_need_pictures(record, draw=draw, settings=settings))
+    writer.text(_caption(record, draw=draw, settings=settings))
+    return (writer.sample(),)
+
+
+def _bridged_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Context, EOS, target: CONTEXT, BRIDGE, and the TARGET that is rebuilt through it."""
+    writer = _Writer(vocabulary, settings)
+    use_picture = draw.random() < settings.image_share
+    name, keywords = _name_and_keywords(record)
+    if record.target and _side_images(record.query):
+        writer.pictures(_load_side(record, record.query, draw=draw, settings=settings))
+        if name:
+            writer.text(name)
+        target = " ".join(side_texts(record.target))
+    elif use_picture or not keywords:
+        writer.pictures(_need_pictures(record, draw=draw, settings=settings))
+        target = _caption(record, draw=draw, settings=settings)
+    else:
+        listed = ", ".join(keywords)
+        context, target = (name, listed) if draw.random() < 0.5 else (listed, name)
+        writer.text(context)
+    writer.token(vocabulary.eos, Role.BRIDGE)
+    writer.text(target, Role.TARGET)
+    return (writer.sample(),)
+
+
+def _language_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Picture or BOS, then text and EOS, both to be predicted; all CONTEXT."""
+    writer = _Writer(vocabulary, settings)
+    if draw.random() < settings.image_share:
+        writer.pictures(_need_pictures(record, draw=draw, settings=settings))
+    else:
+        writer.token(vocabulary.bos)
+    writer.text(_caption(record, draw=draw, settings=settings))
+    writer.token(vocabulary.eos, is_text=True)
+    return (writer.sample(),)
+
+
+def _pair_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Query and one positive, each ending on EOS, from which its embedding is read."""
+    sides = record.positives or tuple(side for side in (record.target,) if side)
+    if not sides:
+        raise ValueError("the record has no positive, expected at least one for a pair")
+    target = sides[int(draw.integers(len(sides)))]
+    query_text, keywords = _name_and_keywords(record)
+    if keywords and not _side_images(record.query):
+        query_text = _caption(record, draw=draw, settings=settings)
+    made = []
+    for side, text, instruction in (
+        (record.query, query_text, settings.instruction),
+        (target, " ".join(side_texts(target)), ""),
+    ):
+        images = _load_side(record, side, draw=draw, settings=settings)
+        made.append(_embedding(images, text, instruction, vocabulary=vocabulary, settings=settings))
+    return tuple(made)
+
+
+VIEWS: Mapping[str, View] = {
+    "caption": _caption_view,
+    "bridged": _bridged_view,
+    "language": _language_view,
+    "pair": _pair_view,
+}
+
+
+def _embedding(
+    images: Sequence[Pixels],
+    text: str,
+    instruction: str,
+    *,
+    vocabulary: Vocabulary,
+    settings: ViewSettings,
+) -> Sample:
+    joined = f"{instruction} {text}" if instruction and text else instruction or text
+    writer = _Writer(vocabulary, settings)
+    writer.pictures(images)
+    if joined or not images:
+        writer.text(joined)
+    writer.token(vocabulary.eos, Role.BRIDGE)
+    return writer.sample()
+
+
+def _name_and_keywords(record: Record) -> tuple[str, list[str]]:
+    """Return the text of the query, and the keywords in the record's meta that are not it."""
+    name = " ".join(side_texts(record.query))
+    keywords = record.meta.get("keywords") or []
+    if not isinstance(keywords, list) or not all(isinstance(word, str) for word in keywords):
+        raise ValueError(f"meta.keywords is {keywords!r}, expected a list of texts")
+    return name, [word for word in keywords if word and word != name]
+
+
+def _caption(record: Record, *, draw: np.random.Generator, settings: ViewSettings) -> str:
+    """Return one way to describe the record: name, name and keywords, or keywords."""
+    name, keywords = _name_and_keywords(record)
+    if not keywords:
+        target = " ".join(side_texts(record.target))
+        return target if name in target else f"{name} {target}".strip()
+    if settings.keywords == "none":
+        return name
+    if settings.keywords == "all":
+        return f"{name}: {', '.join(keywords)}" if name else ", ".join(keywords)
+    if name and draw.random() < _NAME_ALONE_SHARE:
+        return name
+    count = int(draw.integers(1, len(keywords) + 1))
+    listed = ", ".join(keywords[i] for i in draw.permutation(len(keywords))[:count])
+    return f"{name}: {listed}" if name and draw.random() < _WITH_NAME_SHARE else listed
+
+
+def _side_images(side: Side) -> list[int]:
+    return [part.image for part in side if part.kind == "image"]
+
+
+def _need_pictures(
+    record: Record, *, draw: np.random.Generator, settings: ViewSettings
+) -> list[Pixels]:
+    """Return the query's pictures, or those of one positive that has any, drawn at random."""
+    sides = [side for side in (record.query, *record.positives) if _side_images(side)]
+    if not sides:
+        raise ValueError("the record has no picture, expected one in its query or a positive")
+    in_query = sides[0] is record.query
+    side = sides[0 if in_query else int(draw.integers(len(sides)))]
+    return _load_side(record, side, draw=draw, settings=settings)
+
+
+def _load_side(
+    record: Record, side: Side, *, draw: np.random.Generator, settings: ViewSettings
+) -> list[Pixels]:
+    loaded = [settings.pictures.load(record.images[index]) for index in _side_images(side)]
+    if settings.augment:
+        return [augment(image, draw=draw, config=settings.image) for image in loaded]
+    return loaded
+
+
+def augment(image: Pixels, *, draw: np.random.Generator, config: ImageConfig) -> Pixels:
+    """Shift by up to a share of each side, filled with white, and darken every second picture."""
+    height, width = image.shape[:2]
+    most_y, most_x = int(config.augment_shift * height), int(config.augment_shift * width)
+    if most_y or most_x:
+        dy = int(draw.integers(-most_y, most_y + 1))
+        dx = int(draw.integers(-most_x, most_x + 1))
+        moved = np.full_like(image, _WHITE)
+        moved[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = image[
+            max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)
+        ]
+        image = moved
+    if config.augment_brightness and draw.random() < 0.5:
+        factor = np.float32(draw.uniform(1.0 - config.augment_brightness, 1.0))
+        image = (image * factor).astype(np.uint8)
+    return image

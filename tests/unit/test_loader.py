@@ -1,0 +1,400 @@
+"""The loader through energon: one order for all world sizes, workers and restarts; bad data masked.
+
+Data sets are tiny and made here.
+"""
+
+import io
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cocoa_dist.batch import StepBatch
+from cocoa_dist.config import ASSET_DIR, RunConfig, parse_config
+from cocoa_dist.data.loader import StageLoader
+from cocoa_dist.data.records import Record, image_part, text_part
+from cocoa_dist.data.samples import ImageGeometry, Vocabulary
+from cocoa_dist.data.shards import write_shards
+
+GEOMETRY = ImageGeometry(patch_size=8)
+NUM_RECORDS = 30
+BATCH_SIZE = 12
+BAD_RECORD = 5
+TOKENIZER = ASSET_DIR / "tokenizer"
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "caption": {"kind": "reconstruction", "text_mask_ratio": 0.3, "image_mask_ratio": 0.5},
+    "bridged": {"kind": "reconstruction", "text_mask_ratio": 0.7},
+    "language": {"kind": "next_token"},
+    "pair": {"kind": "contrastive"},
+}
+
+
+def record(number: int, prefix: str = "a", *, broken: bool = False) -> Record:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    data = b"not a picture" if broken else file.getvalue()
+    words = [f"word{number} {'and more ' * (number % 5)}", "small", "round"]
+    return Record(
+        key=f"{prefix}{number}",
+        task="t",
+        query=(text_part(f"thing {number}"),),
+        positives=((image_part(0),),),
+        target=(text_part(f"thing {number}: {', '.join(words)}"),),
+        images=(data,),
+        meta={"keywords": words},
+    )
+
+
+def write(path: Path, records: Sequence[Record]) -> Path:
+    write_shards(records, path, info={}, records_per_batch=4, records_per_shard=16)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary.load(TOKENIZER, config({"a": "x"}).model)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("good") / "a", [record(n) for n in range(NUM_RECORDS)])
+
+
+@pytest.fixture(scope="module")
+def dataset_with_bad_record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = [record(n, broken=n == BAD_RECORD) for n in range(NUM_RECORDS)]
+    return write(tmp_path_factory.mktemp("bad") / "a", records)
+
+
+def config(
+    sources: dict[str, Any], *, view: str = "caption", workers: int = 0, **changes: Any
+) -> RunConfig:
+    paths = {
+        name: value if isinstance(value, dict) else {"path": str(value)}
+        for name, value in sources.items()
+    }
+    stage = {
+        "objective": OBJECTIVES[view],
+        "attention": {"rule": "eos_bridged" if view == "bridged" else "bidirectional"},
+        "data": {"view": view, "sources": paths, "image_share": 0.5},
+        "batch_size": BATCH_SIZE,
+        "steps": 100,
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    image = {"augment_shift": 0.1, "augment_brightness": 0.1}
+    data = {"num_workers": workers, "tokens_per_pack": 150, "image": image}
+    tree = {
+        "name": "test",
+        "method": "test",
+        "model": {"random": {}, "tokenizer": "asset:tokenizer"},
+        "data": data | changes.pop("data", {}),
+        "stages": {"s": stage | changes},
+    }
+    return parse_config(tree, source="test")
+
+
+@contextmanager
+def open_loader(
+    run: RunConfig,
+    vocabulary: Vocabulary,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 1,
+) -> Iterator[StageLoader]:
+    loader = StageLoader(
+        run,
+        "s",
+        vocabulary=vocabulary,
+        geometry=GEOMETRY,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        folder=folder,
+    )
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def read(
+    run: RunConfig,
+    vocabulary: Vocabulary,
+    folder: Path,
+    *,
+    steps: int,
+    world_size: int = 1,
+    start_step: int = 1,
+) -> list[list[StepBatch]]:
+    """Return steps x ranks."""
+    columns = []
+    for rank in range(world_size):
+        with open_loader(
+            run, vocabulary, folder, rank=rank, world_size=world_size, start_step=start_step
+        ) as loader:
+            columns.append([loader.next_step() for _ in range(steps)])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def summary(ranks: list[StepBatch]) -> dict[str, Any]:
+    """What must not depend on ranks, workers or packs."""
+    packs = [pack for batch in ranks for pack in batch.packs if pack.num_samples]
+    return {
+        "step": ranks[0].step,
+        "digest": {batch.digest for batch in ranks},
+        "record_ids": {batch.record_ids for batch in ranks},
+        "keys": sorted(key for batch in ranks for key in batch.record_keys),
+        "tokens": sum(batch.num_tokens for batch in ranks),
+        "samples": sum(batch.num_samples for batch in ranks),
+        "ids": sorted(i for pack in packs for i in pack.input_ids.tolist()),
+        "labels": sorted(i for pack in packs for i in pack.labels.tolist()),
+        "pixels": sorted(
+            row for pack in packs for row in pack.pixel_values.double().sum(dim=1).tolist()
+        ),
+        "pairs": sorted(
+            row
+            for pack in packs
+            for row in zip(pack.pair_ids.tolist(), pack.identities.tolist(), strict=True)
+        ),
+    }
+
+
+@pytest.mark.parametrize("view", sorted(OBJECTIVES))
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_content_does_not_depend_on_the_world_size(
+    view: str, world_size: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    run = config({"a": dataset}, view=view)
+    one = read(run, vocabulary, tmp_path, steps=4)
+    many = read(run, vocabulary, tmp_path, steps=4, world_size=world_size)
+    fillers = {"pixels"}  # a rank without pictures has a filler of zeros
+    for left, right in zip(one, many, strict=True):
+        expected, found = summary(left), summary(right)
+        for key in expected.keys() - fillers:
+            assert found[key] == expected[key], key
+        assert [x for x in found["pixels"] if x] == [x for x in expected["pixels"] if x]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_content_does_not_depend_on_worker_processes(
+    workers: int, world_size: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    here = read(config({"a": dataset}), vocabulary, tmp_path, steps=5, world_size=world_size)
+    there = read(
+        config({"a": dataset}, workers=workers),
+        vocabulary,
+        tmp_path,
+        steps=5,
+        world_size=world_size,
+    )
+    assert [summary(ranks) for ranks in there] == [summary(ranks) for ranks in here]
+    assert all(batch.cpu_seconds > 0 for ranks in there for batch in ranks)
+    assert all(batch.cpu_seconds == 0 for ranks in here for batch in ranks)
+
+
+@pytest.mark.parametrize(("start_step", "workers"), [(2, 0), (5, 0), (4, 2)])
+def test_a_restart_goes_on_where_the_first_run_was(
+    start_step: int, workers: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    whole = read(config({"a": dataset}), vocabulary, tmp_path, steps=6)
+    rest = read(
+        config({"a": dataset}, workers=workers),
+        vocabulary,
+        tmp_path,
+        steps=7 - start_step,
+        start_step=start_step,
+    )
+    assert [summary(ranks) for ranks in rest] == [summary(r) for r in whole[start_step - 1 :]]
+
+
+def test_every_record_comes_exactly_once_in_a_pass(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    steps = read(config({"a": dataset}), vocabulary, tmp_path, steps=5, world_size=2)
+    keys: list[str] = []
+    for ranks in steps:
+        of_record = {}
+        for batch in ranks:
+            of_record |= {int(key.removeprefix("a")): key for key in batch.record_keys}
+        keys += [of_record[number] for number in ranks[0].record_ids]
+    everything = sorted(f"a{number}" for number in range(NUM_RECORDS))
+    assert sorted(keys[:NUM_RECORDS]) == everything
+    assert sorted(keys[NUM_RECORDS : 2 * NUM_RECORDS]) == everything
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6])
+def test_all_ranks_have_equal_numbers_of_packs(
+    world_size: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    run = config({"a": dataset}, data={"tokens_per_pack": 90})
+    steps = read(run, vocabulary, tmp_path, steps=6, world_size=world_size)
+    for ranks in steps:
+        assert len({len(batch.packs) for batch in ranks}) == 1
+        assert sum(batch.num_samples for batch in ranks) == BATCH_SIZE
+        for batch in ranks:
+            assert all(len(pack.pixel_values) > 0 for pack in batch.packs)
+            assert all(pack.num_tokens <= 90 for pack in batch.packs)
+            assert batch.fill_ratio == batch.num_tokens / (90 * len(batch.packs))
+
+
+@pytest.mark.parametrize("view", sorted(OBJECTIVES))
+def test_a_corrupt_picture_is_masked_and_named_and_shifts_nothing(
+    view: str,
+    dataset: Path,
+    dataset_with_bad_record: Path,
+    vocabulary: Vocabulary,
+    tmp_path: Path,
+) -> None:
+    changes: dict[str, Any] = {"view": view}
+    good = read(config({"a": dataset}, **changes), vocabulary, tmp_path, steps=3)
+    bad = read(config({"a": dataset_with_bad_record}, **changes), vocabulary, tmp_path, steps=3)
+    named = 0
+    for (clean,), (masked,) in zip(good, bad, strict=True):
+        assert (masked.digest, masked.record_ids) == (clean.digest, clean.record_ids)
+        assert sorted(masked.record_keys) == sorted(clean.record_keys)
+        lost = clean.num_samples - masked.num_samples
+        assert lost == len(masked.bad_records) * (2 if view == "pair" else 1)
+        for line in masked.bad_records:
+            assert line.startswith(f"a {BAD_RECORD} a{BAD_RECORD}: ")
+            assert "not a readable picture" in line
+        named += len(masked.bad_records)
+        weights = torch.cat([pack.pair_weights for pack in masked.packs])
+        assert int((weights == 0).sum()) == (lost if view == "pair" else 0)
+    assert named >= 1
+
+
+def test_a_record_that_cannot_be_read_is_masked_and_named(
+    vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a", [record(n) for n in range(NUM_RECORDS)])
+    shard = path / "shard-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    at = data.find(b"thing 7")
+    data[at : at + 7] = b"thinG 7"  # the same size: only the checksum tells
+    shard.write_bytes(data)
+    run = config({"a": path}, view="pair")
+    (batches,) = zip(*read(run, vocabulary, tmp_path, steps=3), strict=True)
+    bad = [line for batch in batches for line in batch.bad_records]
+    assert bad
+    assert all(line.startswith("a 7 a7: ") and "crc32" in line for line in bad)
+
+
+def test_a_pair_stays_in_one_pack_with_its_position(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    run = config({"a": dataset}, view="pair")
+    for ranks in read(run, vocabulary, tmp_path, steps=2, world_size=2):
+        seen: list[int] = []
+        for batch in ranks:
+            for pack in batch.packs:
+                assert pack.pair_ids[0::2].tolist() == pack.pair_ids[1::2].tolist()
+                assert pack.sides.tolist() == [0, 1] * (pack.num_embeddings // 2)
+                seen += pack.pair_ids[0::2].tolist()
+                rows = pack.pool_rows
+                assert (pack.input_ids[rows] == vocabulary.eos).all()
+        assert sorted(seen) == list(range(BATCH_SIZE))
+
+
+def test_a_blend_takes_each_step_from_one_source(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    other = write(tmp_path / "b", [record(n, "b") for n in range(20)])
+    sources = {
+        "a": {"path": str(dataset), "weight": 3.0, "limit": 13},
+        "b": {"path": str(other), "weight": 1.0},
+    }
+    steps = read(config(sources), vocabulary, tmp_path, steps=40)
+    names = [ranks[0].dataset for ranks in steps]
+    assert 4 <= names.count("b") <= 18  # a quarter of 40, drawn from an exact block of 1000
+    for (batch,) in steps:
+        assert {key[0] for key in batch.record_keys} == {batch.dataset}
+        assert max(batch.record_ids) < (13 if batch.dataset == "a" else 20)
+
+
+def test_state_and_fingerprint_are_the_plans(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    with open_loader(config({"a": dataset}), vocabulary, tmp_path) as loader:
+        state = loader.state(7)
+        assert state["next_step"] == loader.plan.check_state(state) == 7
+        assert state["plan_hash"] == loader.fingerprint
+    with open_loader(config({"a": dataset}, batch_size=6), vocabulary, tmp_path) as loader:
+        assert loader.fingerprint != state["plan_hash"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no manifest"])
+def test_a_damaged_data_set_is_named_before_the_first_step(
+    damage: str, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a", [record(n) for n in range(NUM_RECORDS)])
+    shard = path / "shard-00001.arrow"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-9])
+    else:
+        (path / "manifest.json").unlink()
+    expected = "is not a data set" if damage == "no manifest" else "shard-00001.arrow"
+    with (
+        pytest.raises(ValueError, match=expected),
+        open_loader(config({"a": path}), vocabulary, tmp_path),
+    ):
+        pass
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(ValueError, match="batch_size 12 cannot be shared equally by 5"),
+        open_loader(config({"a": dataset}), vocabulary, tmp_path, world_size=5),
+    ):
+        pass
+
+
+def test_long_texts_are_counted(dataset: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    run = config({"a": dataset}, data={"max_text_tokens": 3})
+    ((batch,),) = read(run, vocabulary, tmp_path, steps=1)
+    assert batch.num_truncated > 0
+
+
+def test_workers_outlive_the_signals_that_stop_a_rank(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    with open_loader(config({"a": dataset}, workers=2), vocabulary, tmp_path) as loader:
+        loader.next_step()
+        loader.next_step()  # both workers have begun
+        processes = loader._loader._iterator._workers
+        for process in processes:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(process.pid, number)
+        assert [loader.next_step().step for _ in range(6)] == [3, 4, 5, 6, 7, 8]
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_loader_leaves_the_checkout_alone(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    folder = tmp_path / "blend"
+    with open_loader(config({"a": dataset}), vocabulary, folder):
+        assert [path.name for path in folder.iterdir()] == ["s.yaml"]
+
+
+def test_a_tokenizer_that_did_not_count_the_texts_loosens_the_bounds(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    other = replace(vocabulary, sha256="another")
+    with open_loader(config({"a": dataset}), other, tmp_path) as loader:
+        assert set(loader.plan.sources[0].tokens.tolist()) == {6 + 48 + 2}
