@@ -5,6 +5,7 @@ runs on a row nobody reads. Built by `data/packing.py`; read by `model/` and `ob
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class PackedBatch:
         """Return the batch with every tensor on `device`."""
         if self.input_ids.device == torch.device(device):
             return self
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor | AttentionPlan)

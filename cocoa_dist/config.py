@@ -368,12 +368,13 @@ def load_resolved(path: Path) -> RunConfig:
 def dump_yaml(config: RunConfig) -> str:
     """Return the resolved tree as YAML; `load_resolved` reads it back to an equal config."""
     tree = config.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, width=100, allow_unicode=True)
+    return str(yaml.safe_dump(tree, sort_keys=False, width=100, allow_unicode=True))
 
 
 def fingerprint(config: RunConfig) -> str:
     """Return sha256 (hex) over everything that decides the numbers and the order of a run."""
-    tree = {k: v for k, v in flatten(config).items() if not _is_free(k)}
+    tree: dict[str, Any] = {k: v for k, v in flatten(config).items() if not _is_free(k)}
+    tree["order of stages"] = list(config.stages)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -381,7 +382,11 @@ def differences(old: RunConfig, new: RunConfig, *, free: bool) -> list[str]:
     """List `key: old -> new`; those safe to change at a resume if `free`, else the others."""
     left, right = flatten(old), flatten(new)
     keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and _is_free(k) == free]
-    return [f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in keys]
+    lines = [f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in keys]
+    before, after = list(old.stages), list(new.stages)
+    if not free and before != after and set(before) == set(after):
+        lines.append(f"order of stages: {before} -> {after}")
+    return lines
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def start(*, timeout_seconds: int) -> World:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     limit = timedelta(seconds=timeout_seconds)
     if world.size == 1:
-        store = dist.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=limit)
@@ -111,7 +111,7 @@ class _AllGather(torch.autograd.Function):
         return gather_rows(local)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         begin = rank() * ctx.rows

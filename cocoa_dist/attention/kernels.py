@@ -103,18 +103,18 @@ def _split_call(
     rows_k = [shape.count * shape.n_k for shape in buckets.shapes]
     gathered = zip(
         buckets.shapes,
-        q_THK.index_select(0, buckets.q_order).split(rows_q),
-        k_TGK.index_select(0, buckets.k_order).split(rows_k),
-        v_TGK.index_select(0, buckets.k_order).split(rows_k),
+        torch.split(q_THK.index_select(0, buckets.q_order), rows_q),
+        torch.split(k_TGK.index_select(0, buckets.k_order), rows_k),
+        torch.split(v_TGK.index_select(0, buckets.k_order), rows_k),
         strict=True,
     )
     out = []
     for shape, q, k, v in gathered:
         square = shape.n_q == shape.n_k
         out_BHQK = F.scaled_dot_product_attention(
-            q.unflatten(0, (shape.count, shape.n_q)).transpose(1, 2),
-            k.unflatten(0, (shape.count, shape.n_k)).transpose(1, 2),
-            v.unflatten(0, (shape.count, shape.n_k)).transpose(1, 2),
+            q.view(shape.count, shape.n_q, *q.shape[1:]).transpose(1, 2),
+            k.view(shape.count, shape.n_k, *k.shape[1:]).transpose(1, 2),
+            v.view(shape.count, shape.n_k, *v.shape[1:]).transpose(1, 2),
             attn_mask=None if square or not call.causal else _bottom_right(shape.n_q, shape.n_k, q),
             is_causal=call.causal and square,
             scale=scale,

@@ -53,13 +53,10 @@ class PlanCall:
 
     def to(self, device: torch.device | str) -> "PlanCall":
         """Return the call with its tensors on `device`."""
-        moved = {
-            name: None if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in (("q_index", self.q_index), ("k_index", self.k_index))
-        }
         return replace(
             self,
-            **moved,
+            q_index=None if self.q_index is None else self.q_index.to(device, non_blocking=True),
+            k_index=None if self.k_index is None else self.k_index.to(device, non_blocking=True),
             cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
             cu_seqlens_k=self.cu_seqlens_k.to(device, non_blocking=True),
         )
@@ -94,7 +91,7 @@ class AttentionPlan:
     visible_area: int  # number of (row, key) pairs that are visible: what FLOPs are counted from
 
     @cached_property
-    def restore_order(self) -> Tensor | None:
+    def restore_order(self) -> Tensor:
         """Row order that undoes the bucketing of `split` over all calls; (T,) int64."""
         return torch.argsort(torch.cat([call.buckets.q_order for call in self.calls]))
 

@@ -137,7 +137,7 @@ def _text_attention(
     return out_THK[None], None
 
 
-class SegmentVisionAttention(qwen2_vl.VisionAttention):
+class SegmentVisionAttention(qwen2_vl.VisionAttention):  # type: ignore[misc]
     """Qwen2-VL's vision attention with one segment call for all pictures, not one for each."""
 
     backend: str

@@ -76,7 +76,9 @@ class EmbeddingModel(nn.Module):
         ).pooler_output
         used = len(batch.image_rows)
         filled_TD = tokens_TD.index_copy(0, batch.image_rows, visual_MD[:used].to(tokens_TD.dtype))
-        return filled_TD + 0.0 * visual_MD[used:].sum()  # the filler keeps its place in backward
+        filler = 0.0 * visual_MD[used:].sum()  # it keeps its place in backward
+        embedded_TD: Tensor = filled_TD + filler
+        return embedded_TD
 
     def _logits(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         head = self.backbone.get_output_embeddings()

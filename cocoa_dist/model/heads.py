@@ -33,7 +33,8 @@ class PatchDecoder(nn.Module):
         width: int = language_model.config.hidden_size  # type: ignore[union-attr,assignment]
         self.layer = copy.deepcopy(layers[len(layers) // 2])
         dtype = next(self.layer.parameters()).dtype
-        self.norm = copy.deepcopy(language_model.norm)
+        norm: Any = language_model.norm
+        self.norm = copy.deepcopy(norm)
         self.to_pixels = nn.Linear(width, patch_values, dtype=dtype)
 
     def forward(

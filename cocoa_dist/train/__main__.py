@@ -1,0 +1,106 @@
+"""Command line of the trainer: one stage on one rank, or a look at a stage before it runs.
+
+The launcher starts it once per rank; by hand it prints a resolved recipe, builds every part of a
+stage without training, or drives one batch to zero.
+"""
+
+from cocoa_dist.runtime import EXIT_BAD_INPUT, StopRequest
+
+# Before anything heavy: a signal during imports would otherwise kill the process.
+_STOP = StopRequest()
+if __name__ == "__main__":
+    _STOP.install()
+
+import argparse  # noqa: E402
+import logging  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from cocoa_dist.config import RunConfig, dump_yaml, load_recipe  # noqa: E402
+
+_EXAMPLES = """\
+examples:
+  see the resolved recipe, in under a second:
+    python -m cocoa_dist.train cocoa_qwen2_vl_2b --stage contrastive --dump-config
+  build every part, one batch, print what it costs, leave:
+    python -m cocoa_dist.train quickstart --stage joint_reconstruction --dry-run
+  check that an objective can learn: one batch to near zero:
+    python -m cocoa_dist.train debug --stage contrastive --overfit-one-batch
+To train, use the launcher: python -m launcher run RECIPE --run-dir DIR
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for bad input)."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stdout
+    )
+    logging.getLogger("cocoa_dist").setLevel(logging.INFO)
+    try:
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        return _run(config, arguments)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_BAD_INPUT
+
+
+def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
+    if arguments.dump_config:
+        sys.stdout.write(dump_yaml(config))
+        return 0
+    stage = _stage_name(config, arguments.stage)
+    if arguments.dry_run:
+        from cocoa_dist.train.rehearsal import dry_run
+
+        return dry_run(config, stage, run_dir=arguments.run_dir)
+    if arguments.overfit_one_batch:
+        from cocoa_dist.train.rehearsal import overfit_one_batch
+
+        return overfit_one_batch(config, stage, run_dir=arguments.run_dir, steps=arguments.steps)
+    if arguments.run_dir is None:
+        raise ValueError("training needs --run-dir; `python -m launcher run` gives it to its ranks")
+    from cocoa_dist.train.checkpoint import SaveError
+    from cocoa_dist.train.session import run_stage
+
+    try:
+        run_stage(config, stage, run_dir=arguments.run_dir, stop=_STOP)
+    except SaveError as error:
+        raise ValueError(
+            f"a checkpoint could not be written: {error}; older checkpoints are untouched"
+        ) from error
+    return 0
+
+
+def _stage_name(config: RunConfig, name: str | None) -> str:
+    if name is None:
+        raise ValueError(f"say which --stage (have: {', '.join(config.stages)})")
+    if name not in config.stages:
+        raise ValueError(
+            f"stage '{name}' is not in recipe {config.name} (have: {', '.join(config.stages)})"
+        )
+    return name
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cocoa_dist.train",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="name of a recipe, or path of a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="change the recipe")
+    parser.add_argument("--stage", help="which stage of the recipe")
+    parser.add_argument("--run-dir", type=Path, help="run folder, made by the launcher")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--dump-config", action="store_true", help="print the resolved recipe")
+    look.add_argument("--dry-run", action="store_true", help="build all parts and one batch")
+    look.add_argument("--overfit-one-batch", action="store_true", help="drive one batch to zero")
+    parser.add_argument("--steps", type=int, default=300, help="steps of --overfit-one-batch")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

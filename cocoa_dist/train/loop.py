@@ -1,0 +1,239 @@
+"""The loop of one stage: next batch, step, record, checkpoint; and who it answers to.
+
+Returns how it ended: the stage is finished, the process was asked to leave, or an operator
+stopped the run. All ranks decide alike, because every flag rides on the step's reduction.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from cocoa_dist.batch import StepBatch
+from cocoa_dist.config import RunConfig
+from cocoa_dist.data.loader import StageLoader
+from cocoa_dist.distributed import rank
+from cocoa_dist.manifest import Manifest
+from cocoa_dist.metrics import METRICS_NAME, JsonLines
+from cocoa_dist.runtime import StopRequest, stop_file_present
+from cocoa_dist.train.checkpoint import Checkpointer
+from cocoa_dist.train.engine import StepStats, TrainEngine
+
+log = logging.getLogger("cocoa_dist.train")
+
+
+class StageEnd(Enum):
+    """How a stage's incarnation ended; the value is its verdict in `outcome.json`."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    STOPPED = "stopped"
+
+
+@dataclass
+class Progress:
+    """Running totals of a stage over all its incarnations."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    bad_records: int = 0
+    productive_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    wall_seconds_before: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @staticmethod
+    def after(manifest: Manifest | None) -> "Progress":
+        """Go on from a checkpoint, or from nothing."""
+        if manifest is None:
+            return Progress()
+        return Progress(
+            step=manifest.step,
+            samples=manifest.samples,
+            tokens=manifest.tokens,
+            skipped=manifest.skipped_steps,
+            productive_seconds=manifest.productive_seconds,
+            cpu_seconds=manifest.train_cpu_seconds,
+            wall_seconds_before=manifest.wall_seconds,
+            parts=dict(manifest.loss),
+        )
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall time of the stage so far."""
+        return self.wall_seconds_before + time.monotonic() - self.started
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What the ranks share in each step's reduction, beside the losses."""
+
+    stop: float  # ranks asked to leave
+    operator_stop: float  # rank 0 saw the STOP file
+    samples: float
+    tokens: float
+    fill: float  # sum over ranks of fill ratios
+    bad_records: float
+    cpu_seconds: float  # of the step before; the last step's rides on nothing and is kept local
+    ranks: float  # one each
+
+    def values(self) -> list[float]:
+        return list(vars(self).values())
+
+
+class StageRun:
+    """One incarnation of one stage on this rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage_name: str,
+        *,
+        run_dir: Path,
+        engine: TrainEngine,
+        loader: StageLoader,
+        checkpointer: Checkpointer,
+        template: Manifest,
+        progress: Progress,
+        stop: StopRequest,
+    ) -> None:
+        """`template` holds the fields of the manifest that do not change from step to step."""
+        self.config, self.stage_name, self.run_dir = config, stage_name, run_dir
+        self.stage = config.stages[stage_name]
+        self.engine, self.loader, self.checkpointer = engine, loader, checkpointer
+        self.template, self.progress, self.stop = template, progress, stop
+        self.metrics = JsonLines(run_dir / METRICS_NAME)
+        self.sample_log = JsonLines(run_dir / "samples" / f"{stage_name}.jsonl")
+        self.quarantine = JsonLines(run_dir / "quarantine" / f"{stage_name}.rank{rank()}.jsonl")
+        self.step_cpu = 0.0
+
+    def train(self) -> StageEnd:
+        """Run the stage to its end or until asked to leave. Collective: call on all ranks."""
+        every = self.config.checkpoint.every_steps
+        while self.progress.step < self.stage.steps:
+            asked = self._one_step(self.progress.step + 1)
+            done = self.progress.step == self.stage.steps
+            if done or asked is not None or self.progress.step % every == 0:
+                self.save()
+            if asked is not None and not done:
+                return asked
+        return StageEnd.FINISHED
+
+    def save(self) -> None:
+        """Commit a checkpoint of the current step. Collective: call on all ranks."""
+        progress = self.progress
+        manifest = self.template.model_copy(
+            update={
+                "step": progress.step,
+                "complete": progress.step == self.stage.steps,
+                "data_state": self.loader.state(progress.step + 1),
+                "samples": progress.samples,
+                "tokens": progress.tokens,
+                "skipped_steps": progress.skipped,
+                "wall_seconds": progress.wall_seconds,
+                "productive_seconds": progress.productive_seconds,
+                "train_cpu_seconds": progress.cpu_seconds,
+                "loss": progress.parts,
+            }
+        )
+        begin = time.monotonic()
+        folder = self.checkpointer.save(self.engine, manifest)
+        if rank() == 0:
+            log.info("saved %s in %.2f s", folder.name, time.monotonic() - begin)
+
+    def _one_step(self, step: int) -> StageEnd | None:
+        begin, cpu_begin = time.monotonic(), time.process_time()
+        batch = self.loader.next_step()
+        waited = time.monotonic() - begin
+        stats = self.engine.train_step(batch.packs, step=step, extras=self._extras(batch).values())
+        shared = _Extras(*stats.extras)
+        seconds = time.monotonic() - begin
+        self.step_cpu = time.process_time() - cpu_begin + batch.cpu_seconds
+        self._count(step, stats, shared, seconds)
+        if batch.bad_records:
+            self._quarantine(step, batch)
+        self._check_bad_records()
+        if rank() == 0:
+            self._record(batch, stats, shared, seconds=seconds, waited=waited)
+        if shared.operator_stop:
+            return StageEnd.STOPPED
+        return StageEnd.PREEMPTED if shared.stop else None
+
+    def _extras(self, batch: StepBatch) -> _Extras:
+        operator_stop = rank() == 0 and stop_file_present(self.run_dir)
+        return _Extras(
+            stop=float(self.stop.requested),
+            operator_stop=float(operator_stop),
+            samples=batch.num_samples,
+            tokens=batch.num_tokens,
+            fill=batch.fill_ratio,
+            bad_records=len(batch.bad_records),
+            cpu_seconds=self.step_cpu,
+            ranks=1.0,
+        )
+
+    def _count(self, step: int, stats: StepStats, shared: _Extras, seconds: float) -> None:
+        progress = self.progress
+        progress.step = step
+        progress.samples += round(shared.samples)
+        progress.tokens += round(shared.tokens)
+        progress.skipped += stats.skipped
+        progress.bad_records += round(shared.bad_records)
+        progress.productive_seconds += seconds
+        progress.cpu_seconds += shared.cpu_seconds
+        progress.parts = {"loss": stats.loss, **stats.parts}
+
+    def _quarantine(self, step: int, batch: StepBatch) -> None:
+        for fault in batch.bad_records:
+            self.quarantine.append({"stage": self.stage_name, "step": step, "record": fault})
+            log.warning("step %d: record left out: %s", step, fault)
+
+    def _check_bad_records(self) -> None:
+        limit = self.config.data.bad_record_limit
+        if self.progress.bad_records > limit:
+            raise ValueError(
+                f"{self.progress.bad_records} records could not be used, more than "
+                f"data.bad_record_limit={limit}; they are listed in {self.quarantine.path.parent}"
+            )
+
+    def _record(
+        self, batch: StepBatch, stats: StepStats, shared: _Extras, *, seconds: float, waited: float
+    ) -> None:
+        """Write the step's line of metrics.jsonl (rank 0), and a log line now and then."""
+        record: dict[str, Any] = {
+            "stage": self.stage_name,
+            "step": batch.step,
+            "epoch": self.template.epoch,
+            "time": time.time(),
+            "loss": stats.loss,
+            **{f"loss/{name}": value for name, value in stats.parts.items()},
+            "grad_norm": stats.grad_norm,
+            "learning_rate": stats.learning_rate,
+            "samples": round(shared.samples),
+            "tokens": round(shared.tokens),
+            "fill_ratio": shared.fill / shared.ranks,
+            "data_wait_seconds": waited,
+            "step_seconds": seconds,
+            "cpu_seconds": shared.cpu_seconds,
+            "batch_digest": batch.digest,
+        }
+        self.metrics.append(record)
+        if self.config.data.log_sample_ids:
+            self.sample_log.append(
+                {"step": batch.step, "dataset": batch.dataset, "records": list(batch.record_ids)}
+            )
+        if batch.step % self.config.metrics.log_every_steps == 0 or batch.step == 1:
+            log.info(
+                "%s %d/%d loss %.4f lr %.2e %.0f tokens/s",
+                self.stage_name,
+                batch.step,
+                self.stage.steps,
+                stats.loss,
+                stats.learning_rate,
+                shared.tokens / seconds,
+            )

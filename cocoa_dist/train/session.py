@@ -1,0 +1,161 @@
+"""One rank's life in one stage: join, build, resume, train, leave in agreement."""
+
+import gc
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from cocoa_dist import distributed
+from cocoa_dist.config import RunConfig, fingerprint
+from cocoa_dist.data.loader import StageLoader
+from cocoa_dist.manifest import Manifest
+from cocoa_dist.metrics import METRICS_NAME, cut_back
+from cocoa_dist.runtime import Fence, StopRequest, seed_everything, write_outcome
+from cocoa_dist.train.build import StageParts, base_model_digest, build_parts, library_versions
+from cocoa_dist.train.checkpoint import Checkpointer, Found
+from cocoa_dist.train.engine import TrainEngine, read_ds_config
+from cocoa_dist.train.loop import Progress, StageEnd, StageRun
+
+log = logging.getLogger("cocoa_dist.train")
+
+
+def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRequest) -> StageEnd:
+    """Train a stage from its newest whole checkpoint, or from its beginning.
+
+    Collective: call on all ranks. Raises ValueError for what a user or a file got wrong.
+    """
+    quiet_known_warnings()
+    torch.set_num_threads(config.runtime.threads)
+    world = distributed.start(timeout_seconds=config.engine.timeout_seconds)
+    seed_everything(config.seed)
+    stage = config.stages[stage_name]
+    checkpointer = Checkpointer(
+        run_dir,
+        stage=stage_name,
+        keep_last=config.checkpoint.keep_last,
+        adapter=stage.adapter,
+    )
+    found = checkpointer.find()
+    parts = build_parts(config, stage_name, run_dir=run_dir)
+    start_step = found.manifest.step + 1 if found.manifest else 1
+    loader = StageLoader(
+        config,
+        stage_name,
+        vocabulary=parts.vocabulary,
+        geometry=parts.geometry,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step,
+        folder=run_dir / "data",
+    )
+    engine = build_engine(config, stage_name, parts)
+    _resume(checkpointer, engine, found, config=config, stage_name=stage_name, run_dir=run_dir)
+    run = StageRun(
+        config,
+        stage_name,
+        run_dir=run_dir,
+        engine=engine,
+        loader=loader,
+        checkpointer=checkpointer,
+        template=_template(config, stage_name, parts, run_dir=run_dir, world_size=world.size),
+        progress=Progress.after(found.manifest),
+        stop=stop,
+    )
+    gc.freeze()  # what exists now stays; later collections look at the step's garbage alone
+    end = run.train()
+    loader.close()
+    if world.rank == 0:
+        write_outcome(
+            run_dir,
+            stage=stage_name,
+            step=run.progress.step,
+            verdict=end.value,
+            reason=f"{run.progress.step} of {stage.steps} steps",
+        )
+    distributed.barrier()
+    distributed.stop()
+    return end
+
+
+def build_engine(config: RunConfig, stage_name: str, parts: StageParts) -> TrainEngine:
+    """Wrap a stage's model. Collective: call on all ranks."""
+    stage = config.stages[stage_name]
+    return TrainEngine(
+        parts.model,
+        parts.objective,
+        optimizer=stage.optimizer,
+        total_steps=stage.steps,
+        ds_config=read_ds_config(config.engine.ds_config),
+        dtype=config.model.dtype,
+    )
+
+
+def quiet_known_warnings() -> None:
+    """Silence warnings of libraries about themselves, each for a reason."""
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed: one warning per call.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
+    # peft 0.21 asks transformers 5.23 by a name that is being renamed
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # energon asks for it without a GPU
+
+
+def _resume(
+    checkpointer: Checkpointer,
+    engine: TrainEngine,
+    found: Found,
+    *,
+    config: RunConfig,
+    stage_name: str,
+    run_dir: Path,
+) -> None:
+    """Load what was found and cut the run's record back to it. Collective."""
+    if distributed.rank() == 0:
+        for note in found.notes:
+            log.warning("%s", note)
+    if found.folder is not None and found.manifest is not None:
+        if found.manifest.world_size != distributed.world_size():
+            raise ValueError(
+                f"checkpoint {found.folder} was written by {found.manifest.world_size} processes, "
+                f"this run has {distributed.world_size()}; start it with "
+                f"--nproc {found.manifest.world_size}"
+            )
+        checkpointer.load(engine, found.folder)
+    step = found.manifest.step if found.manifest else 0
+    if distributed.rank() == 0:
+        stages = list(config.stages)
+        dropped = cut_back(run_dir / METRICS_NAME, stages=stages, stage=stage_name, step=step)
+        cut_back(run_dir / "samples" / f"{stage_name}.jsonl", stages=[""], stage="", step=step)
+        origin = f"from {found.folder.name}" if found.folder else "from its beginning"
+        log.info("%s goes on %s; %d recorded steps will be redone", stage_name, origin, dropped)
+    distributed.barrier()
+
+
+def _template(
+    config: RunConfig, stage_name: str, parts: StageParts, *, run_dir: Path, world_size: int
+) -> Manifest:
+    """Return a manifest with the fields that stay the same over an incarnation."""
+    return Manifest(
+        run=config.name,
+        recipe_fingerprint=fingerprint(config),
+        stage=stage_name,
+        step=0,
+        target_step=config.stages[stage_name].steps,
+        complete=False,
+        epoch=Fence(run_dir).epoch,
+        parent=parts.parent,
+        world_size=world_size,
+        engine="deepspeed_zero3",
+        versions=library_versions(),
+        base_model=base_model_digest(config),
+        data_state={},
+        samples=0,
+        tokens=0,
+        skipped_steps=0,
+        wall_seconds=0.0,
+        productive_seconds=0.0,
+        train_cpu_seconds=0.0,
+        loss={},
+        files=(),
+    )
