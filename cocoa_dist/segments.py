@@ -6,14 +6,14 @@ pictures all read it. Needs numpy, never torch, so that a login node can use it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 
-class Role(Enum):
+class Role(IntEnum):
     """What a token span is for."""
 
     CONTEXT = 0  # image and query text

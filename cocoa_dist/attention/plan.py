@@ -5,9 +5,9 @@ rows that see all their keys, one for rows that see them causally. Every row is 
 one call, so results are placed and never merged. Holds no scores and no dense mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch import Tensor
 from cocoa_dist.segments import AttentionRule, Role, Segment, View, check_segments
 
 _INT32_MAX = 2**31 - 1
+_CACHED_TOKENS = 512  # samples up to this length are planned once per shape
+_CACHED_SHAPES = 8192
 Index = npt.NDArray[np.int64]
 
 
@@ -119,25 +121,24 @@ def compile_plan(samples: Sequence[Sequence[Segment]], rule: AttentionRule) -> A
     Raises ValueError, with the numbers, for segments that overlap, leave gaps or are empty.
     """
     num_tokens = check_segments(samples)
+    views = tuple(rule.views[role] for role in Role)
     full, causal = _Problems(), _Problems()
-    area = 0
-    ranges: list[list[tuple[int, int, bool]]] = []
-    widths: list[int] = []
+    parts: list[_SamplePlan] = []
+    starts: list[int] = []
     for sample in samples:
-        for queries, keys, is_causal in _problems(sample, rule):
-            (causal if is_causal else full).add(queries, keys)
-            hidden = len(queries) * (len(queries) - 1) // 2 if is_causal else 0
-            area += len(queries) * len(keys) - hidden
-        for segment in sample:
-            ranges.append(_visible_ranges(segment, sample, rule.views[segment.role]))
-            widths.append(segment.stop - segment.start)
+        start = sample[0].start
+        part = _plan_sample(tuple((s.role, s.stop - s.start) for s in sample), views)
+        for problem in part.problems:
+            (causal if problem.causal else full).add(problem.queries + start, problem.keys + start)
+        parts.append(part)
+        starts.append(start)
     calls = [
         problems.call(num_tokens, causal=flag)
         for problems, flag in ((full, False), (causal, True))
         if problems.queries
     ]
-    lo, hi = _intervals(ranges, widths, num_tokens)
-    return AttentionPlan(num_tokens, tuple(calls), lo, hi, area)
+    lo, hi = _intervals(parts, starts)
+    return AttentionPlan(num_tokens, tuple(calls), lo, hi, sum(part.area for part in parts))
 
 
 class _Problems:
@@ -167,37 +168,92 @@ class _Problems:
         )
 
 
-def _problems(
-    sample: Sequence[Segment], rule: AttentionRule
-) -> Iterator[tuple[Index, Index, bool]]:
-    """Yield (query rows, key rows, causal) so that every row of the sample is a query once."""
+@dataclass(frozen=True)
+class _Problem:
+    """Queries that share their keys; rows in the sample's coordinates."""
+
+    queries: Index
+    keys: Index
+    causal: bool
+
+    @property
+    def area(self) -> int:
+        hidden = len(self.queries) * (len(self.queries) - 1) // 2 if self.causal else 0
+        return len(self.queries) * len(self.keys) - hidden
+
+
+@dataclass(frozen=True)
+class _SamplePlan:
+    """What a sample contributes to a plan, wherever in a pack it lies."""
+
+    problems: tuple[_Problem, ...]
+    lo_MT: Index  # visible ranges of its rows
+    hi_MT: Index
+    area: int
+
+
+Shape = tuple[tuple[Role, int], ...]  # role and length of each segment
+Views = tuple[View, ...]  # in the order of Role
+
+
+def _plan_sample(shape: Shape, views: Views) -> _SamplePlan:
+    """Plan one sample; short ones of the same shape are planned once."""
+    if sum(length for _, length in shape) <= _CACHED_TOKENS:
+        return _plan_short_sample(shape, views)
+    return _plan_shape(shape, views)
+
+
+@lru_cache(maxsize=_CACHED_SHAPES)
+def _plan_short_sample(shape: Shape, views: Views) -> _SamplePlan:
+    return _plan_shape(shape, views)
+
+
+def _plan_shape(shape: Shape, views: Views) -> _SamplePlan:
+    stops = np.cumsum([length for _, length in shape]).tolist()
+    sample = [
+        Segment(stop - length, stop, role)
+        for stop, (role, length) in zip(stops, shape, strict=True)
+    ]
+    view_of = dict(zip(Role, views, strict=True))
+    problems = tuple(_problems(sample, view_of))
+    ranges = [_visible_ranges(segment, sample, view_of[segment.role]) for segment in sample]
+    depth = max(map(len, ranges))
+    table = np.asarray([r + [(0, 0, False)] * (depth - len(r)) for r in ranges], dtype=np.int64)
+    rows = np.repeat(table, [length for _, length in shape], axis=0)  # (T, M, 3)
+    to_row = np.arange(1, len(rows) + 1)[:, None]
+    hi_TM = np.where(rows[..., 2] == 1, to_row, rows[..., 1])
+    return _SamplePlan(problems, rows[..., 0].T, hi_TM.T, sum(p.area for p in problems))
+
+
+def _problems(sample: Sequence[Segment], view_of: Mapping[Role, View]) -> Iterator[_Problem]:
+    """Yield problems so that every row of the sample is a query of exactly one."""
     by_view: dict[View, list[Segment]] = {}
     for segment in sample:
-        by_view.setdefault(rule.views[segment.role], []).append(segment)
+        by_view.setdefault(view_of[segment.role], []).append(segment)
     for view, segments in by_view.items():
         keys_full = _rows(s for s in sample if s.role in view.full)
         keys_causal = [s for s in sample if s.role in view.causal]
         if not keys_causal:
-            yield _rows(segments), keys_full, False
+            yield _Problem(_rows(segments), keys_full, causal=False)
         elif {s.role for s in segments} == {s.role for s in keys_causal}:
-            yield _rows(segments), np.concatenate([keys_full, _rows(keys_causal)]), True
+            keys = np.concatenate([keys_full, _rows(keys_causal)])
+            yield _Problem(_rows(segments), keys, causal=True)
         else:
             yield from _run_by_run(segments, keys_full, keys_causal)
 
 
 def _run_by_run(
     segments: list[Segment], keys_full: Index, keys_causal: list[Segment]
-) -> Iterator[tuple[Index, Index, bool]]:
+) -> Iterator[_Problem]:
     """Yield one problem for each query segment: the causal keys are not the queries themselves."""
+    causal_roles = {s.role for s in keys_causal}
     for segment in segments:
         before = _rows(s for s in keys_causal if s.stop <= segment.start)
         keys = np.concatenate([keys_full, before])
-        own = segment.role in {s.role for s in keys_causal}
-        yield (
-            _rows([segment]),
-            np.concatenate([keys, _rows([segment])]) if own else keys,
-            own,
-        )
+        own = segment.role in causal_roles
+        if own:
+            keys = np.concatenate([keys, _rows([segment])])
+        yield _Problem(_rows([segment]), keys, causal=own)
 
 
 def _visible_ranges(
@@ -217,21 +273,22 @@ def _visible_ranges(
     return ranges
 
 
-def _intervals(
-    ranges: list[list[tuple[int, int, bool]]], widths: list[int], num_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Spread the ranges of segments over their rows: two tables (M, T) int32."""
-    depth = max(map(len, ranges))
-    padded = [r + [(0, 0, False)] * (depth - len(r)) for r in ranges]
-    table = np.asarray(padded, dtype=np.int64).reshape(len(ranges), depth, 3)
-    rows = np.repeat(table, widths, axis=0)  # (T, M, 3)
-    to_row = np.arange(1, num_tokens + 1)[:, None]
-    high = np.where(rows[..., 2] == 1, to_row, rows[..., 1])
-    lo = torch.from_numpy(np.ascontiguousarray(rows[..., 0].T, dtype=np.int32))
-    return lo, torch.from_numpy(np.ascontiguousarray(high.T, dtype=np.int32))
+def _intervals(parts: list[_SamplePlan], starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Join the samples' ranges into two tables (M, T) int32, in pack coordinates."""
+    widths = [part.lo_MT.shape[1] for part in parts]
+    depth = max(part.lo_MT.shape[0] for part in parts)
+    shift = np.repeat(starts, widths)
+    tables = []
+    for name in ("lo_MT", "hi_MT"):
+        joined = np.zeros((depth, len(shift)), dtype=np.int64)
+        for part, start, width in zip(parts, starts, widths, strict=True):
+            table: Index = getattr(part, name)
+            joined[: len(table), start : start + width] = table
+        tables.append(torch.from_numpy((joined + shift).astype(np.int32)))
+    return tables[0], tables[1]
 
 
-def _rows(segments: Iterator[Segment] | Sequence[Segment]) -> Index:
+def _rows(segments: Iterable[Segment]) -> Index:
     parts = [np.arange(s.start, s.stop) for s in segments]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
@@ -267,6 +324,3 @@ def _reordered(index: Tensor | None, lengths: tuple[int, ...], order: list[int])
     parts = np.split(rows, np.cumsum(lengths)[:-1])
     joined = torch.from_numpy(np.concatenate([parts[i] for i in order]))
     return joined if index is None else joined.to(index.device)
-
-
-__all__ = ["AttentionPlan", "Bucket", "Buckets", "PlanCall", "Role", "compile_plan"]
