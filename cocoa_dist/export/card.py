@@ -1,0 +1,229 @@
+"""README.md of an exported folder: the model card, built from plain values.
+
+States what the model is, where it comes from and how to use it; measures and checks nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cocoa_dist.export.templates import IMAGE_TOKEN, ImageSettings, Pooling
+
+# One folder's self-test, run in one release of most versions: 5.1 ignores text_config.is_causal;
+# 5.2 and 5.3 honour it only in batches with padding (without any they build no mask, and SDPA falls
+# back on the layer's own is_causal, which is true). 5.4 to 5.17 load no image processor without
+# torchvision; with it, 5.9 to 5.12 do not find the text model's weights and only warn of that.
+# 5.18 to 5.23 pass without torchvision.
+MINIMUM_TRANSFORMERS = "5.18"
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One training stage, in the order it ran."""
+
+    name: str
+    steps: int  # optimizer steps
+    note: str = ""  # anything worth a table cell: samples, learning rate, attention rule
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What people ask about a model. Texts are Markdown and are printed as given."""
+
+    name: str
+    base: str  # the model training started from
+    stages: Sequence[StageInfo]
+    data: str
+    licence: str  # an identifier such as apache-2.0
+    compute: str
+    scores: Sequence[Mapping[str, str | float]] = field(default_factory=tuple)  # rows of one table
+
+    def __post_init__(self) -> None:
+        for row in self.scores:
+            if list(row) != list(self.scores[0]):
+                raise ValueError(
+                    f"card scores: a row has the columns {list(row)}, the first row has "
+                    f"{list(self.scores[0])}: give every row the same columns in the same order"
+                )
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the exporter knows about the folder and the card has to say."""
+
+    width: int  # of a vector
+    bidirectional: bool
+    pooling: Pooling
+    image_settings: ImageSettings
+    prompts: Mapping[str, str]
+    max_text_tokens: int | None
+    resize_difference: float | None  # of vectors, see selftest.resize_difference; None: not known
+
+
+def model_card(info: CardInfo, facts: CardFacts) -> str:
+    """Return the whole README.md."""
+    sections = [
+        _front_matter(info),
+        f"# {info.name}\n\nText, pictures, and pictures with text become vectors of "
+        f"{facts.width} numbers (L2 norm 1) that are compared by cosine.",
+        _usage(facts),
+        _instructions(facts),
+        _plain_usage(facts),
+        _requirements(facts),
+        _lineage(info),
+        _details(facts),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(info: CardInfo) -> str:
+    # A JSON string is a YAML string: quoting needs no rules of our own.
+    return "\n".join(
+        [
+            "---",
+            "library_name: sentence-transformers",
+            "pipeline_tag: sentence-similarity",
+            f"license: {json.dumps(info.licence)}",
+            f"base_model: {json.dumps(info.base)}",
+            "tags: [sentence-transformers, feature-extraction, multimodal, qwen2_vl]",
+            "---",
+        ]
+    )
+
+
+def _usage(facts: CardFacts) -> str:
+    return f"""## Use
+
+Needs `sentence-transformers` and `pillow`; no torchvision, no `trust_remote_code`.
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("path/to/this/folder")
+picture = Image.open("picture.png")
+both = {{"image": picture, "text": "an octopus"}}
+vectors = model.encode([{{"text": "an octopus"}}, {{"image": picture}}, both])
+```
+
+A bare string or picture works too, but a string that names an existing picture file, or is the
+URL of a picture, is read as that picture: `{{"text": ...}}` is always text. Transparent pictures
+are put over white. `{IMAGE_TOKEN}` is reserved and refused in texts.{_truncation(facts)}"""
+
+
+def _truncation(facts: CardFacts) -> str:
+    if facts.max_text_tokens is None:
+        return ""
+    limit = facts.max_text_tokens
+    return f"""
+
+Training cut texts (with their instruction) at {limit} tokens, EOS not counted. Here one limit
+counts visual tokens too, so a text beside a smaller picture, or alone, may keep up to
+{facts.image_settings.max_tokens + 2} tokens more. For texts alone,
+`encode(texts, processing_kwargs={{"text": {{"max_length": {limit + 1}}}}})` cuts exactly as
+training did. EOS is never cut."""
+
+
+def _instructions(facts: CardFacts) -> str:
+    prompts = "\n".join(f"- `{name}`: {json.dumps(text)}" for name, text in facts.prompts.items())
+    listed = f"\n\nNamed prompts of this model:\n\n{prompts}" if prompts else ""
+    return f"""## Instructions
+
+Pass the instruction as `prompt=` (or `prompt_name=`), without a space at its end:
+`model.encode([...], prompt="Find the picture of this text:")`. The model then reads the picture,
+the instruction, one space, the text, and EOS. A system message with the instruction before the
+user's message gives the same tokens. Do not put it in front of the text by hand when a picture
+is given with it as well.{listed}"""
+
+
+def _plain_usage(facts: CardFacts) -> str:
+    if facts.pooling == "last":
+        pool = "hidden[torch.arange(len(hidden)), batch.attention_mask.sum(1) - 1]"
+    else:
+        pool = "(hidden * (w := batch.attention_mask[..., None])).sum(1) / w.sum(1)"
+    return f"""## Use with transformers alone
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+picture = Image.open("picture.png")
+content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "an octopus"}}]
+messages = [[{{"role": "user", "content": content}}]]
+batch = processor.apply_chat_template(
+    messages,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+    processor_kwargs={{"padding": True}},
+)
+with torch.no_grad():
+    hidden = model(**batch, use_cache=False).last_hidden_state
+    vectors = torch.nn.functional.normalize({pool}, dim=-1)
+```
+
+`AutoTokenizer` alone serves texts: it appends EOS itself. Pad on the right (the default here)."""
+
+
+def _requirements(facts: CardFacts) -> str:
+    direction = (
+        "in both directions (`text_config.is_causal: false`)" if facts.bidirectional else "causally"
+    )
+    return f"""## Requirements
+
+- transformers >= {MINIMUM_TRANSFORMERS}. Older versions stop with an error (no torchvision), miss
+  weights with only a warning (5.9 to 5.12), or run a bidirectional model causally: 5.1 always, 5.2
+  and 5.3 **without a word** for every batch without padding. If in doubt, check `selftest.json`.
+- The text model attends {direction}.
+
+`selftest.json` lists inputs (`text`, `image`: a file of this folder, `instruction`) and their
+vectors from training; every value should agree within 1e-4 in float32."""
+
+
+def _lineage(info: CardInfo) -> str:
+    stages = [
+        {"stage": stage.name, "steps": stage.steps, "note": stage.note} for stage in info.stages
+    ]
+    scores = f"## Scores\n\n{_table(info.scores)}" if info.scores else "## Scores\n\nNone given."
+    return f"""## Training
+
+Started from: {info.base}
+
+{_table(stages)}
+
+- Data: {info.data}
+- Compute: {info.compute}
+- Licence: {info.licence}
+
+{scores}"""
+
+
+def _details(facts: CardFacts) -> str:
+    settings = facts.image_settings
+    pooling = "last token (EOS)" if facts.pooling == "last" else "mean over all tokens"
+    resizing = (
+        "not measured for this folder"
+        if facts.resize_difference is None
+        else f"at most {facts.resize_difference:.1e} in any number of a vector, on the self-test's "
+        "pictures reduced to the model's size"
+    )
+    return f"""## Details
+
+- Tokens: `[vision_start] + [image_pad] * n + [vision_end]` if there is a picture, then
+  `instruction + " " + text`, then EOS; n is one token for {settings.factor} x {settings.factor}
+  pixels.
+- Pooling: {pooling}, then L2 normalisation.
+- Pictures: {settings.min_pixels} to {settings.max_pixels} pixels after resizing, patches of
+  {settings.patch_size} pixels.
+- Training resized pictures with torch; Pillow's bicubic differs: {resizing}."""
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Markdown table of rows with the same columns."""
+    if not rows:
+        return "None given."
+    cells = [list(rows[0]), ["---"] * len(rows[0])]
+    cells += [[str(value) for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

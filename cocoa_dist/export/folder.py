@@ -1,0 +1,231 @@
+"""Writes the exported folder: weights, configs, tokenizer, self-test and model card.
+
+Everything is written and verified in a staging folder beside the destination, then renamed: a
+folder under the final name is whole and gives the vectors of training.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cocoa_dist.export import templates
+from cocoa_dist.export.card import CardFacts, CardInfo, model_card
+from cocoa_dist.export.selftest import (
+    DEFAULT_TOLERANCE,
+    SelfTestVector,
+    compare,
+    load_encoder,
+    resize_difference,
+    write_self_test,
+)
+from cocoa_dist.export.templates import ImageSettings, Pooling
+
+SUPPORTED_MODELS = ("qwen2_vl", "qwen2_5_vl")
+
+
+def export_folder(
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    destination: Path,
+    image_settings: ImageSettings,
+    bidirectional: bool,
+    pooling: Pooling,
+    prompts: Mapping[str, str],
+    card: CardInfo,
+    self_test: Sequence[SelfTestVector],
+    max_text_tokens: int | None = None,
+    verify: bool = True,
+) -> None:
+    """Write a folder that SentenceTransformer(destination) and transformers load as they are.
+
+    model is the trained Qwen2VLForConditionalGeneration on CPU, adapters merged; it and the
+    tokenizer are not changed. prompts are named instructions without a space at the end.
+    max_text_tokens is training's limit for instruction + text (None: the model's own length).
+    With verify the staged folder is loaded once more (memory for a second copy of the weights)
+    and must give the self-test's vectors before it gets its name.
+
+    Raises ValueError if destination exists, an argument does not fit the model, or the self-test
+    fails; then nothing is left at destination.
+    """
+    destination = Path(destination)
+    if destination.exists():
+        raise ValueError(f"{destination} already exists: remove it or choose another destination")
+    _check_model(model, image_settings)
+    _check_tokenizer(tokenizer, model)
+    if pooling not in templates.POOLING_MODES:
+        raise ValueError(f"pooling is {pooling!r}, expected one of {list(templates.POOLING_MODES)}")
+    if max_text_tokens is not None and max_text_tokens < 1:
+        raise ValueError(f"max_text_tokens is {max_text_tokens}, expected at least 1 or None")
+    if not self_test:
+        raise ValueError("self_test is empty: give at least one input with its vector")
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.staging"
+    staging.mkdir()
+    try:
+        _write_model(model, staging, bidirectional=bidirectional)
+        length = _max_length(model, image_settings, max_text_tokens)
+        _write_tokenizer(tokenizer, staging, max_length=length)
+        width = model.config.get_text_config().hidden_size
+        _write_sentence_transformers(staging, pooling=pooling, width=width, prompts=prompts)
+        _write_json(staging / "processor_config.json", templates.processor_config(image_settings))
+        write_self_test(staging, self_test, image_settings)
+        difference = _verify(staging, self_test, image_settings) if verify else None
+        facts = CardFacts(
+            width=width,
+            bidirectional=bidirectional,
+            pooling=pooling,
+            image_settings=image_settings,
+            prompts=prompts,
+            max_text_tokens=max_text_tokens,
+            resize_difference=difference,
+        )
+        (staging / "README.md").write_text(model_card(card, facts), encoding="utf-8")
+        _make_durable(staging)
+        staging.rename(destination)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _check_model(model: PreTrainedModel, settings: ImageSettings) -> None:
+    config = model.config
+    if config.model_type not in SUPPORTED_MODELS:
+        raise ValueError(f"model is a {config.model_type!r}, expected one of {SUPPORTED_MODELS}")
+    if getattr(model, "peft_config", None):
+        raise ValueError("model carries adapters: merge them (merge_and_unload) before the export")
+    vision = config.vision_config
+    found = (settings.patch_size, settings.merge_size, settings.temporal_patch_size)
+    expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    if found != expected:
+        raise ValueError(
+            f"image_settings: patch, merge and temporal patch size are {found}, "
+            f"the model's vision_config has {expected}"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer whose ids are not the ones the model acts on."""
+    expected = {
+        templates.IMAGE_TOKEN: model.config.image_token_id,
+        templates.VISION_START_TOKEN: model.config.vision_start_token_id,
+        templates.VISION_END_TOKEN: model.config.vision_end_token_id,
+    }
+    vocabulary = tokenizer.get_vocab()
+    for token, token_id in expected.items():
+        if vocabulary.get(token) != token_id:
+            raise ValueError(
+                f"tokenizer gives {token} the id {vocabulary.get(token)}, "
+                f"the model's config has {token_id}: this is not the model's tokenizer"
+            )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos_token: set the one that ended each training text")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer has no pad_token: set one, batches are padded with it")
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    added = tokenizer("a").input_ids
+    if added not in (plain, [*plain, tokenizer.eos_token_id]):
+        raise ValueError(
+            f"tokenizer turns 'a' into {added}, expected {plain}, with or without EOS behind: "
+            "remove what its post-processor adds, training did not have it"
+        )
+    rows = int(model.config.get_text_config().vocab_size)
+    if max(vocabulary.values()) >= rows:
+        raise ValueError(
+            f"tokenizer has ids up to {max(vocabulary.values())}, "
+            f"the model embeds only {rows} tokens: this is not the model's tokenizer"
+        )
+
+
+def _write_model(model: PreTrainedModel, staging: Path, *, bidirectional: bool) -> None:
+    """Weights and config.json. Only text_config.is_causal counts: the top level is ignored."""
+    model.save_pretrained(staging)
+    (staging / "generation_config.json").unlink(missing_ok=True)
+    path = staging / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("is_causal", None)
+    config["text_config"]["is_causal"] = not bidirectional
+    config["text_config"]["use_cache"] = False
+    _write_json(path, config)
+
+
+def _max_length(
+    model: PreTrainedModel, settings: ImageSettings, max_text_tokens: int | None
+) -> int:
+    """Tokens of the longest input: visual tokens and their two borders, text, EOS."""
+    longest = int(model.config.get_text_config().max_position_embeddings)
+    if max_text_tokens is None:
+        return longest
+    return min(longest, settings.max_tokens + 2 + max_text_tokens + 1)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path, *, max_length: int) -> None:
+    tokenizer.save_pretrained(staging)
+    path = staging / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{type(tokenizer).__name__} saved no tokenizer.json: give a fast tokenizer "
+            "(of the tokenizers library), the export needs its post-processor"
+        )
+    before = json.loads(path.read_text(encoding="utf-8"))
+    after = templates.append_eos(
+        before, eos_token=str(tokenizer.eos_token), eos_id=int(tokenizer.eos_token_id)
+    )
+    path.write_text(json.dumps(after, ensure_ascii=False), encoding="utf-8")
+    path = staging / "tokenizer_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, templates.tokenizer_config(saved, max_length=max_length))
+    (staging / "chat_template.jinja").write_text(templates.CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _write_sentence_transformers(
+    staging: Path, *, pooling: Pooling, width: int, prompts: Mapping[str, str]
+) -> None:
+    for name in ("1_Pooling", "2_Normalize"):
+        (staging / name).mkdir()
+    _write_json(staging / "modules.json", templates.modules_config())
+    _write_json(staging / "sentence_bert_config.json", templates.transformer_config())
+    _write_json(
+        staging / "config_sentence_transformers.json",
+        templates.sentence_transformers_config(prompts),
+    )
+    _write_json(
+        staging / "1_Pooling" / "config.json", templates.pooling_config(pooling, width=width)
+    )
+    _write_json(staging / "2_Normalize" / "config.json", {})
+
+
+def _verify(
+    staging: Path, self_test: Sequence[SelfTestVector], settings: ImageSettings
+) -> float | None:
+    """Load what was written; ValueError unless it gives the vectors. Returns resize_difference."""
+    encoder = load_encoder(staging)
+    report = compare(encoder, staging, tolerance=DEFAULT_TOLERANCE)
+    if not report.passed:
+        raise ValueError(
+            f"the exported model is not the trained one: {report.describe()}. Compare "
+            "bidirectional, pooling, image_settings and the EOS token with training's; "
+            "nothing was written"
+        )
+    return resize_difference(encoder, self_test, settings)
+
+
+def _write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _make_durable(folder: Path) -> None:
+    """Sync every file and folder below, so that the rename never shows a half-written model."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,203 @@
+"""The small files of an exported folder: chat template and JSON configs, as pure functions.
+
+They make stock classes (PaddleOCRVLProcessor, sentence-transformers' Transformer, Pooling,
+Normalize) reproduce the token ids of training. Nothing here reads a model or writes a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Pooling = Literal["last", "mean"]
+
+IMAGE_TOKEN = "<|image_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
+VISION_START_TOKEN = "<|vision_start|>"
+VISION_END_TOKEN = "<|vision_end|>"
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+POOLING_MODES: Mapping[str, str] = {"last": "lasttoken", "mean": "mean"}
+
+# Pictures first, then every text part joined by one space: sentence-transformers puts the
+# instruction in a system message before the user's, so it lands in front of the text. EOS is not
+# written here: the tokenizer appends it, and so leaves room for it when it truncates.
+CHAT_TEMPLATE = (
+    "{%- set ns = namespace(text='') -%}\n"
+    "{%- for message in messages -%}\n"
+    "{%- if message['content'] is string -%}\n"
+    "{%- set parts = [{'type': 'text', 'text': message['content']}] -%}\n"
+    "{%- else -%}\n"
+    "{%- set parts = message['content'] -%}\n"
+    "{%- endif -%}\n"
+    "{%- for part in parts -%}\n"
+    "{%- if part['type'] == 'image' -%}\n"
+    f"{{{{- '{VISION_START_TOKEN}{IMAGE_TOKEN}{VISION_END_TOKEN}' -}}}}\n"
+    "{%- elif part['type'] == 'text' and part['text'] -%}\n"
+    "{%- set ns.text = ns.text + ' ' + part['text'] if ns.text else part['text'] -%}\n"
+    "{%- endif -%}\n"
+    "{%- endfor -%}\n"
+    "{%- endfor -%}\n"
+    "{{- ns.text -}}\n"
+)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes patches: Qwen2-VL's image processor with these numbers."""
+
+    patch_size: int  # pixels: 14 in the released models
+    min_pixels: int  # area in pixels, after resizing
+    max_pixels: int  # area in pixels, after resizing
+    merge_size: int = 2  # patches a side that become one visual token
+    temporal_patch_size: int = 2  # a still picture is repeated this often
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if min(self.patch_size, self.merge_size, self.temporal_patch_size) < 1:
+            raise ValueError(
+                f"image settings: sizes must be at least 1, got patch_size {self.patch_size}, "
+                f"merge_size {self.merge_size}, temporal_patch_size {self.temporal_patch_size}"
+            )
+        if not self.factor**2 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"image settings: need {self.factor**2} (one visual token) <= min_pixels <= "
+                f"max_pixels, got min_pixels {self.min_pixels}, max_pixels {self.max_pixels}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of what one visual token covers."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Visual tokens of a picture of max_pixels (very long, thin pictures may have more)."""
+        return self.max_pixels // self.factor**2
+
+
+def processor_config(settings: ImageSettings) -> dict[str, Any]:
+    """processor_config.json: a stock processor of image processor + tokenizer and no video part.
+
+    Qwen2VLProcessor insists on a video processor, which imports torchvision. PaddleOCRVLProcessor
+    expands one placeholder to prod(image_grid_thw) / merge_size^2 in the same way, gives
+    mm_token_type_ids, and needs only Pillow.
+    """
+    return {
+        "processor_class": "PaddleOCRVLProcessor",
+        "image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "resample": 3,  # bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(settings.mean),
+            "image_std": list(settings.std),
+            "patch_size": settings.patch_size,
+            "temporal_patch_size": settings.temporal_patch_size,
+            "merge_size": settings.merge_size,
+            "size": {
+                "shortest_edge": settings.min_pixels,
+                "longest_edge": settings.max_pixels,
+            },
+        },
+    }
+
+
+def append_eos(tokenizer_json: Mapping[str, Any], *, eos_token: str, eos_id: int) -> dict[str, Any]:
+    """tokenizer.json with a post-processor that ends every text on EOS, and no fixed lengths.
+
+    The tokenizer subtracts what the post-processor adds before it truncates: EOS is never cut.
+    Replaces the post-processor there was; the caller has checked that it adds nothing but EOS.
+    """
+    eos_piece = {"SpecialToken": {"id": eos_token, "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, eos_piece],
+        "pair": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 0}},
+            eos_piece,
+        ],
+        "special_tokens": {eos_token: {"id": eos_token, "ids": [eos_id], "tokens": [eos_token]}},
+    }
+    return {**tokenizer_json, "truncation": None, "padding": None, "post_processor": processor}
+
+
+def tokenizer_config(saved: Mapping[str, Any], *, max_length: int) -> dict[str, Any]:
+    """tokenizer_config.json with the token names the processor asks for; pads on the right.
+
+    max_length counts all tokens of an input: visual ones, text and EOS.
+    """
+    dropped = {"is_local", "local_files_only", "name_or_path", "chat_template", "auto_map"}
+    named = {
+        "image_token": IMAGE_TOKEN,
+        "video_token": VIDEO_TOKEN,
+        "vision_bos_token": VISION_START_TOKEN,
+        "vision_eos_token": VISION_END_TOKEN,
+    }
+    return {
+        **{key: value for key, value in saved.items() if key not in dropped},
+        "extra_special_tokens": named,
+        "model_max_length": max_length,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "processor_class": "PaddleOCRVLProcessor",
+    }
+
+
+def modules_config() -> list[dict[str, Any]]:
+    """modules.json: transformer, pooling, normalisation, all classes of sentence-transformers."""
+    types = {
+        "": "sentence_transformers.base.modules.transformer.Transformer",
+        "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+    }
+    return [
+        {"idx": index, "name": str(index), "path": path, "type": type_}
+        for index, (path, type_) in enumerate(types.items())
+    ]
+
+
+def transformer_config() -> dict[str, Any]:
+    """sentence_bert_config.json: every input becomes a message and goes through the template."""
+    route = {"method": "forward", "method_output_name": "last_hidden_state"}
+    return {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": route,
+            "image": route,
+            "image+text": route,
+            "message": {**route, "format": "structured"},
+        },
+        "module_output_name": "token_embeddings",
+    }
+
+
+def pooling_config(pooling: Pooling, *, width: int) -> dict[str, Any]:
+    """1_Pooling/config.json. The instruction's tokens are part of a mean, as in training."""
+    return {
+        "embedding_dimension": width,
+        "pooling_mode": POOLING_MODES[pooling],
+        "include_prompt": True,
+    }
+
+
+def sentence_transformers_config(prompts: Mapping[str, str]) -> dict[str, Any]:
+    """config_sentence_transformers.json. Raises ValueError on a prompt with spaces at an end."""
+    for name, prompt in prompts.items():
+        if prompt != prompt.strip():
+            raise ValueError(
+                f"prompts[{name!r}] is {prompt!r}: remove the white space at its ends, "
+                "the chat template puts one space between instruction and text"
+            )
+    return {
+        "model_type": "SentenceTransformer",
+        "prompts": dict(prompts),
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
