@@ -4,6 +4,7 @@ It keeps no state between incarnations: what comes next is read from the folder 
 """
 
 import math
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from launcher.history import (
 )
 from launcher.local import TRAINER, Ending, Interrupts, Order, run_incarnation
 from launcher.progress import Display, duration, say
-from launcher.runfolder import STOP_NAME, check_usable, locked, prepare
+from launcher.runfolder import RESOLVED_NAME, STOP_NAME, check_usable, locked, prepare
 from launcher.steplog import Follower
 
 GIVEN_UP_CODE = 93  # NVIDIA's resiliency tools use it for "do not restart"
@@ -54,6 +55,8 @@ def run(request: RunRequest, *, console: Console, trainer: tuple[str, ...] = TRA
     check_num_processes(config, num_processes=request.num_processes)
     run_dir = request.run_dir.expanduser().absolute()
     check_usable(run_dir)
+    if not (run_dir / RESOLVED_NAME).exists():
+        check_inputs(request, trainer=trainer)
     with Interrupts() as interrupts, locked(run_dir):
         adopted = prepare(run_dir, config=config, recipe_file=recipe_path(request.recipe))
         for line in adopted:
@@ -69,6 +72,19 @@ def run(request: RunRequest, *, console: Console, trainer: tuple[str, ...] = TRA
             interrupts=interrupts,
         )
         return session.go()
+
+
+def check_inputs(request: RunRequest, *, trainer: tuple[str, ...]) -> None:
+    """Let the trainer look at data and model on disk, before anything is written.
+
+    Raises BadInputError with its message if something is missing or truncated.
+    """
+    command = [*trainer, request.recipe, *request.overrides, "--check-inputs"]
+    looked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if looked.returncode:
+        lines = looked.stderr.strip().splitlines() or [f"exit code {looked.returncode}"]
+        begin = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)
+        raise BadInputError("\n".join(lines[begin:]).removeprefix("error: "))
 
 
 def check_num_processes(config: RunConfig, *, num_processes: int) -> None:

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 from cocoa_dist.config import ASSET_DIR, load_resolved
+from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.manifest import MANIFEST_NAME, newest
 from cocoa_dist.model.heads import HeadsConfig
-from cocoa_dist.train.build import load_weights, tokenizer_folder
+from cocoa_dist.train.build import load_weights
 from cocoa_dist.train.checkpoint import WEIGHTS_NAME
 
 RECIPE, STAGE = "quickstart_backbone", "next_token"

@@ -5,9 +5,7 @@ vision blocks get a subclass that makes one call over all pictures. No mask func
 under our names, so no dense mask is ever built.
 """
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,9 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 
 from cocoa_dist.attention.kernels import BACKENDS, resolve_backend, segment_attention
 from cocoa_dist.attention.plan import AttentionPlan
-from cocoa_dist.config import ModelConfig, RandomModelConfig, resolve_path
+from cocoa_dist.config import ModelConfig, RandomModelConfig
+from cocoa_dist.inputs import check_model_folder
 
-SUPPORTED_MODEL_TYPES = ("qwen2_vl",)
 SPECIAL_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -49,31 +47,6 @@ def load_backbone(
     if config.checkpoint_activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def check_model_folder(path: str) -> Path:
-    """Return the folder of a Hugging Face model after checking that its parts are there.
-
-    Raises ValueError with one line that says what is missing.
-    """
-    folder = resolve_path(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model.path '{path}' is not a folder; download the model (for example with "
-            f"`hf download {path} --local-dir DIR`) and set model.path=DIR"
-        )
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not list(folder.glob("*.safetensors")):
-        missing.append("*.safetensors (the weights)")
-    if missing:
-        raise ValueError(f"model folder {folder} lacks {', '.join(missing)}")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model folder {folder} is of type '{model_type}', which is not supported yet "
-            f"(have: {', '.join(SUPPORTED_MODEL_TYPES)})"
-        )
-    return folder
 
 
 def route_attention(model: Qwen2VLForConditionalGeneration, *, backend: str) -> None:

@@ -17,7 +17,7 @@ import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from cocoa_dist.config import RunConfig, dump_yaml, load_recipe  # noqa: E402
+from cocoa_dist.config import RunConfig, dump_yaml, load_recipe, resolve_path  # noqa: E402
 
 _EXAMPLES = """\
 examples:
@@ -50,6 +50,8 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
     if arguments.dump_config:
         sys.stdout.write(dump_yaml(config))
         return 0
+    if arguments.check_inputs:
+        return _check_inputs(config)
     stage = _stage_name(config, arguments.stage)
     if arguments.dry_run:
         from cocoa_dist.train.rehearsal import dry_run
@@ -70,6 +72,18 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"a checkpoint could not be written: {error}; older checkpoints are untouched"
         ) from error
+    return 0
+
+
+def _check_inputs(config: RunConfig) -> int:
+    """Look at everything the recipe names on disk, without torch; 0 if all is there."""
+    from cocoa_dist.data.shards import ShardReader
+    from cocoa_dist.inputs import tokenizer_folder
+
+    tokenizer_folder(config.model)
+    sources = [source for stage in config.stages.values() for source in stage.data.sources.values()]
+    for path in sorted({s.path for s in [*sources, *config.evaluation.sets.values()]}):
+        ShardReader(resolve_path(path)).close()
     return 0
 
 
@@ -96,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=Path, help="run folder, made by the launcher")
     look = parser.add_mutually_exclusive_group()
     look.add_argument("--dump-config", action="store_true", help="print the resolved recipe")
+    look.add_argument("--check-inputs", action="store_true", help="is all data and the model there")
     look.add_argument("--dry-run", action="store_true", help="build all parts and one batch")
     look.add_argument("--overfit-one-batch", action="store_true", help="drive one batch to zero")
     parser.add_argument("--steps", type=int, default=300, help="steps of --overfit-one-batch")

@@ -26,8 +26,9 @@ from cocoa_dist.config import (
     resolve_path,
 )
 from cocoa_dist.data.samples import ImageGeometry, Vocabulary
+from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.model.adapter import add_adapter
-from cocoa_dist.model.backbone import SPECIAL_TOKENS, check_model_folder, load_backbone
+from cocoa_dist.model.backbone import SPECIAL_TOKENS, load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.objectives.base import Objective
 from cocoa_dist.objectives.contrastive import Contrastive
@@ -77,16 +78,6 @@ def build_parts(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> 
 def load_vocabulary(config: ModelConfig) -> Vocabulary:
     """Load the tokenizer of a recipe. Raises ValueError if its folder is not there."""
     return Vocabulary.load(tokenizer_folder(config), config)
-
-
-def tokenizer_folder(config: ModelConfig) -> Path:
-    """Return the folder of a recipe's tokenizer. Raises ValueError if it is not there."""
-    if config.tokenizer is None:
-        return check_model_folder(str(config.path))
-    folder = resolve_path(config.tokenizer)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"model.tokenizer '{config.tokenizer}': {folder} has no tokenizer.json")
-    return folder
 
 
 def special_token_ids(config: ModelConfig) -> dict[str, int]:

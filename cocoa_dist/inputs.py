@@ -1,0 +1,46 @@
+"""Checks that what a recipe names is there, before anything is started or written.
+
+Imports no torch, so that the launcher's look at the inputs costs a fraction of a second.
+"""
+
+import json
+from pathlib import Path
+
+from cocoa_dist.config import ModelConfig, resolve_path
+
+SUPPORTED_MODEL_TYPES = ("qwen2_vl",)
+
+
+def check_model_folder(path: str) -> Path:
+    """Return the folder of a Hugging Face model after checking that its parts are there.
+
+    Raises ValueError with one line that says what is missing.
+    """
+    folder = resolve_path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model.path '{path}' is not a folder; download the model (for example with "
+            f"`hf download {path} --local-dir DIR`) and set model.path=DIR"
+        )
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("*.safetensors (the weights)")
+    if missing:
+        raise ValueError(f"model folder {folder} lacks {', '.join(missing)}")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model folder {folder} is of type '{model_type}', which is not supported yet "
+            f"(have: {', '.join(SUPPORTED_MODEL_TYPES)})"
+        )
+    return folder
+
+
+def tokenizer_folder(config: ModelConfig) -> Path:
+    """Return the folder of a recipe's tokenizer. Raises ValueError if it is not there."""
+    if config.tokenizer is None:
+        return check_model_folder(str(config.path))
+    folder = resolve_path(config.tokenizer)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"model.tokenizer '{config.tokenizer}': {folder} has no tokenizer.json")
+    return folder
