@@ -217,7 +217,7 @@ def _check_meta(record: Record) -> None:
         )
 
 
-def _dump_json(value: Any) -> str:  # noqa: ANN401 - JSON values have no narrower type
+def _dump_json(value: Any) -> str:
     return json.dumps(
         value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
     )

@@ -33,7 +33,7 @@ To train, use the launcher: python -m launcher run RECIPE --run-dir DIR
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for bad input)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", stream=sys.stdout
     )

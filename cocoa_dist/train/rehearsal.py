@@ -12,7 +12,7 @@ import torch
 
 from cocoa_dist import distributed
 from cocoa_dist.batch import StepBatch
-from cocoa_dist.config import RunConfig
+from cocoa_dist.config import FROM_MODEL, RunConfig
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train.build import StageParts, build_parts
@@ -101,6 +101,11 @@ def _terms(parts: object) -> str:
 
 def _first_batch(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> _First:
     torch.set_num_threads(config.runtime.threads)
+    stage = config.stages[stage_name]
+    if run_dir is None and stage.init_from != FROM_MODEL:
+        log.info("no --run-dir: the base model stands in for the end of stage %s", stage.init_from)
+        stage = stage.model_copy(update={"init_from": FROM_MODEL})
+        config = config.model_copy(update={"stages": {**config.stages, stage_name: stage}})
     parts = build_parts(config, stage_name, run_dir=run_dir)
     with TemporaryDirectory() as folder:
         loader = StageLoader(
