@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained, evaluated and exported embedding model, on a CPU:
+#   tools/quickstart.sh
+# Trains the three CoCoA stages on real pictures, then a contrastive-only control with the same
+# compute from the same backbone, compares both on held-out pictures and writes a report.
+# Run it again after an interruption and it goes on; run it again after the end and it shows the
+# results. Runs lie in runs/ at the root of the repository; COCOA_RUNS names another folder.
+set -euo pipefail
+
+caller_dir=$PWD
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+runs=${COCOA_RUNS:-runs}
+[[ -z ${COCOA_RUNS:-} || $runs == /* ]] || runs=$caller_dir/$runs
+main_run=$runs/quickstart
+control_run=$runs/quickstart_contrastive
+scores=$main_run/report/retrieval.json
+page=$main_run/report/index.html
+timings=()
+
+heading() { printf '\n== %s\n' "$*"; }
+
+finish_part() { timings+=("$(printf '%-28s %5d s' "$1" $((SECONDS - $2)))"); }
+
+is_done() {
+    local state
+    state=$(python -m launcher status "$1" --json 2>/dev/null \
+        | python -c 'import json, sys; print(json.load(sys.stdin)["state"])' 2>/dev/null) || return 1
+    [[ $state == "done" ]]
+}
+
+# The launcher saves and leaves when it gets a signal. Ctrl-C reaches it by itself; a signal to
+# this script alone is passed on. (Bash runs traps only between commands, hence the loop.)
+launch() {
+    local run_dir=$1 pid status
+    shift
+    python -m launcher run "$@" --run-dir "$run_dir" &
+    pid=$!
+    trap 'kill -TERM "$pid" 2>/dev/null || true' TERM HUP
+    trap : INT
+    while :; do
+        status=0
+        wait "$pid" || status=$?
+        kill -0 "$pid" 2>/dev/null || break
+    done
+    trap - TERM HUP INT
+    if ((status)); then
+        printf '\n%s ended with code %d. Logs: %s/logs\n' "$run_dir" "$status" "$run_dir" >&2
+        if ((status != 2)); then # 2: something to change first, said above
+            printf 'The same command goes on where it stopped.\n' >&2
+        fi
+        exit "$status"
+    fi
+    if ! is_done "$run_dir"; then
+        printf '\n%s is not finished; look at it with: python -m launcher status %s\n' \
+            "$run_dir" "$run_dir" >&2
+        exit 1
+    fi
+}
+
+has_current_report() {
+    [[ -s $page && -s $scores ]] || return 1
+    [[ -z $(find "$main_run/checkpoints" "$control_run/checkpoints" \
+        -name manifest.json -newer "$scores" -print -quit) ]]
+}
+
+show_results() {
+    python - "$scores" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+title = "Found among the first 1 and 10, per cent (T>I: text finds image)"
+table = Table(title=title, box=box.SIMPLE)
+for title in ("held-out set", "trained by"):
+    table.add_column(title, no_wrap=True)
+for title in ("T>I 1", "T>I 10", "I>T 1", "I>T 10"):
+    table.add_column(title, justify="right")
+arms = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["arms"]
+splits = next(iter(arms.values()))["splits"]
+for split, first in splits.items():
+    rows = [(name, arm["splits"][split]) for name, arm in arms.items()]
+    rows.append(("(chance)", {"t2i": first["chance"], "i2t": first["chance"]}))
+    for number, (name, scores) in enumerate(rows):
+        found = [scores[way][k] for way in ("t2i", "i2t") for k in ("r1", "r10")]
+        label = f"{split} ({first['n']})" if number == 0 else ""
+        table.add_row(label, name, *(f"{value:.1f}" for value in found))
+    table.add_section()
+Console().print(table)
+for name, arm in arms.items():
+    print(f"{name}: {arm['train_cpu_seconds']:.0f} CPU seconds of training")
+PYTHON
+}
+
+started=$SECONDS
+# shellcheck source=tools/setup_env.sh
+. tools/setup_env.sh
+finish_part "environment" "$started"
+mkdir -p "$runs"
+
+if is_done "$main_run" && is_done "$control_run" && has_current_report; then
+    heading "Already done; to train anew, move $main_run and $control_run away"
+else
+    heading "1/3 CoCoA: reconstruction, bridged reconstruction, contrastive  ($main_run)"
+    started=$SECONDS
+    launch "$main_run" quickstart
+    finish_part "training, three stages" "$started"
+
+    heading "2/3 The control: contrastive only, same compute  ($control_run)"
+    started=$SECONDS
+    equal_steps=$(python tools/equal_compute.py "$main_run" quickstart_contrastive)
+    launch "$control_run" quickstart_contrastive "$equal_steps"
+    finish_part "training, control" "$started"
+
+    heading "3/3 Evaluation, export, report"
+    started=$SECONDS
+    python -m cocoa_dist.report "$main_run" --control "$control_run"
+    finish_part "evaluation, export, report" "$started"
+fi
+
+heading "Results"
+show_results
+printf '\nThe page with pictures:  %s\n' "$page"
+for model in "$main_run"/export/*/; do
+    if [[ -d $model ]]; then
+        printf 'The exported model:      %s  (its README.md says how to use it)\n' "$model"
+    fi
+done
+printf 'How the run went:        python -m launcher status %s\n\n' "$main_run"
+printf '%s\n' "${timings[@]}" "$(printf '%-28s %5d s' "in all" "$SECONDS")"

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# All checks and tests, on a fresh clone or a warm one:
+#   tools/test.sh [--fast] [pytest arguments]
+#   tools/test.sh                      everything: what CI runs
+#   tools/test.sh --fast               the checks and the quick unit tests
+#   tools/test.sh --fast -k attention  ... those of one subject
+# Every check runs even when an earlier one failed; the exit code is 0 only if all passed. The
+# failed checks are listed before the tests, so that pytest's own closing line comes last.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+tests=()
+if [[ ${1:-} == --fast ]]; then
+    shift
+    tests=(tests/unit -m "not slow and not gpu")
+elif [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+
+# shellcheck source=tools/setup_env.sh
+. tools/setup_env.sh
+
+failed=()
+
+check() {
+    local name=$1 started=$SECONDS output
+    shift
+    if output=$("$@" 2>&1); then
+        printf 'ok      %-14s %3d s\n' "$name" $((SECONDS - started))
+    else
+        printf '%s\nFAILED  %-14s %3d s   (%s)\n' "$output" "$name" $((SECONDS - started)) "$*"
+        failed+=("$name")
+    fi
+}
+
+check_shell() {
+    local scripts=()
+    if ! command -v shellcheck >/dev/null; then
+        printf 'skipped %-14s not installed (apt-get install shellcheck)\n' shellcheck
+        return
+    fi
+    mapfile -t scripts < <(
+        find .ci/run tools slurm docker ops -type f \( -name '*.sh' -o -name run \) 2>/dev/null | sort
+    )
+    check shellcheck shellcheck --external-sources "${scripts[@]}"
+}
+
+check "ruff format" python -m ruff format --check .
+check "ruff" python -m ruff check .
+check "mypy" python -m mypy
+check "import-linter" lint-imports
+check_shell
+
+if ((${#failed[@]})); then
+    printf '\n%d checks FAILED: %s. The tests follow.\n\n' "${#failed[@]}" "${failed[*]}"
+fi
+
+status=0
+python -m pytest "${tests[@]}" "$@" || status=$?
+if ((status == 0 && ${#failed[@]})); then
+    status=1
+fi
+exit "$status"
