@@ -13,7 +13,6 @@ runs=${COCOA_RUNS:-runs}
 [[ -z ${COCOA_RUNS:-} || $runs == /* ]] || runs=$caller_dir/$runs
 main_run=$runs/quickstart
 control_run=$runs/quickstart_contrastive
-scores=$main_run/report/retrieval.json
 page=$main_run/report/index.html
 timings=()
 
@@ -57,52 +56,14 @@ launch() {
     fi
 }
 
-has_current_report() {
-    [[ -s $page && -s $scores ]] || return 1
-    [[ -z $(find "$main_run/checkpoints" "$control_run/checkpoints" \
-        -name manifest.json -newer "$scores" -print -quit) ]]
-}
-
-show_results() {
-    python - "$scores" <<'PYTHON'
-import json
-import sys
-from pathlib import Path
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-title = "Found among the first 1 and 10, per cent (T>I: text finds image)"
-table = Table(title=title, box=box.SIMPLE)
-for title in ("held-out set", "trained by"):
-    table.add_column(title, no_wrap=True)
-for title in ("T>I 1", "T>I 10", "I>T 1", "I>T 10"):
-    table.add_column(title, justify="right")
-arms = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["arms"]
-splits = next(iter(arms.values()))["splits"]
-for split, first in splits.items():
-    rows = [(name, arm["splits"][split]) for name, arm in arms.items()]
-    rows.append(("(chance)", {"t2i": first["chance"], "i2t": first["chance"]}))
-    for number, (name, scores) in enumerate(rows):
-        found = [scores[way][k] for way in ("t2i", "i2t") for k in ("r1", "r10")]
-        label = f"{split} ({first['n']})" if number == 0 else ""
-        table.add_row(label, name, *(f"{value:.1f}" for value in found))
-    table.add_section()
-Console().print(table)
-for name, arm in arms.items():
-    print(f"{name}: {arm['train_cpu_seconds']:.0f} CPU seconds of training")
-PYTHON
-}
-
 started=$SECONDS
 # shellcheck source=tools/setup_env.sh
 . tools/setup_env.sh
 finish_part "environment" "$started"
 mkdir -p "$runs"
 
-if is_done "$main_run" && is_done "$control_run" && has_current_report; then
-    heading "Already done; to train anew, move $main_run and $control_run away"
+if is_done "$main_run" && is_done "$control_run"; then
+    heading "Both runs are done; to train anew, move $main_run and $control_run away"
 else
     heading "1/3 CoCoA: reconstruction, bridged reconstruction, contrastive  ($main_run)"
     started=$SECONDS
@@ -114,15 +75,13 @@ else
     equal_steps=$(python tools/equal_compute.py "$main_run" quickstart_contrastive)
     launch "$control_run" quickstart_contrastive "$equal_steps"
     finish_part "training, control" "$started"
-
-    heading "3/3 Evaluation, export, report"
-    started=$SECONDS
-    python -m cocoa_dist.report "$main_run" --control "$control_run"
-    finish_part "evaluation, export, report" "$started"
 fi
 
-heading "Results"
-show_results
+heading "3/3 Evaluation, export, report"
+started=$SECONDS
+python -m cocoa_dist.report "$main_run" --control "$control_run"
+finish_part "evaluation, export, report" "$started"
+
 printf '\nThe page with pictures:  %s\n' "$page"
 for model in "$main_run"/export/*/; do
     if [[ -d $model ]]; then
