@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import getpass
 import json
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from cocoa_dist.config import ConfigError
 
 USAGE_CODE = 2
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _DESCRIPTION = "Run staged training in a run folder, look at it, stop it."
 _EXAMPLES = """\
 examples:
@@ -46,6 +48,9 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
     except (ConfigError, RunFolderError) as error:
         return _fail(str(error), code=USAGE_CODE)
     except OSError as error:
+        if error.errno in _FULL_OR_READ_ONLY:
+            remedy = "make room, then the same command goes on from the last checkpoint"
+            return _fail(f"{error}; {remedy}", code=USAGE_CODE)
         return _fail(f"{type(error).__name__}: {error}", code=1)
 
 

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     _STOP.install()
 
 import argparse  # noqa: E402
+import errno  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
@@ -19,6 +20,7 @@ from pathlib import Path  # noqa: E402
 
 from cocoa_dist.config import RunConfig, dump_yaml, load_recipe, resolve_path  # noqa: E402
 
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _EXAMPLES = """\
 examples:
   see the resolved recipe, in under a second:
@@ -43,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(config, arguments)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno not in _FULL_OR_READ_ONLY:
+            raise
+        sys.stderr.write(f"error: {error}; make room, then start the same command again\n")
         return EXIT_BAD_INPUT
 
 

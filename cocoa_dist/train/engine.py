@@ -79,6 +79,8 @@ class TrainEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=_adamw(model, optimizer), config=resolved
             )
+        # It copies scripts of its own beside the shards, and raises on one rank if it cannot.
+        self.deepspeed._copy_recovery_script = lambda save_path: None
         self.deepspeed.train()
 
     @property
