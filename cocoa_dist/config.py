@@ -5,7 +5,6 @@ from the command line; nothing else, no environment variables. Imports neither t
 else that is slow, so that a login node can check a recipe in well under a second.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cocoa_dist.config_errors import explain, nearest
 
 PACKAGE_DIR = Path(__file__).parent
 RECIPE_DIR = PACKAGE_DIR / "recipes"
@@ -341,7 +342,7 @@ def recipe_path(name_or_path: str) -> Path:
         raise ConfigError(f"recipe file {path} does not exist")
     names = recipe_names()
     raise ConfigError(
-        f"unknown recipe '{name_or_path}'{_nearest(name_or_path, names)}; "
+        f"unknown recipe '{name_or_path}'{nearest(name_or_path, names)}; "
         f"have: {', '.join(names)}, or the path of a .yaml file"
     )
 
@@ -356,7 +357,7 @@ def parse_config(tree: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(item)}" for item in error.errors())
+        faults = "\n".join(f"  {explain(item, root=RunConfig)}" for item in error.errors())
         raise ConfigError(f"recipe {source}:\n{faults}") from None
 
 
@@ -465,7 +466,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if parents[:depth] == ["stages"] and part not in node:
             raise ConfigError(
                 f"override '{override}': stage '{part}' is not in this recipe"
-                f"{_nearest(part, list(node))} (have: {', '.join(node)})"
+                f"{nearest(part, list(node))} (have: {', '.join(node)})"
             )
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
@@ -474,53 +475,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             )
         node = child
     node[last] = value
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean '{close[0]}'?" if close else ""
-
-
-def _explain(error: Any) -> str:
-    """Turn one pydantic error into `key: what was found, what was expected`."""
-    where = [str(part) for part in error["loc"]]
-    where = [p for p in where if p not in {"reconstruction", "next_token", "contrastive"}] or where
-    if error["loc"][:1] == ("stages",) and len(error["loc"]) > 1:
-        where = ["stages", str(error["loc"][1]), *[
-            str(p) for i, p in enumerate(error["loc"][2:])
-            if not (i == 1 and error["loc"][2] == "objective")
-        ]]  # fmt: skip
-    key = ".".join(where) or "recipe"
-    kind, found = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(where[-1], _known_keys(where[:-1]))}"
-    if kind == "missing":
-        return f"{key}: missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{key}: {message}" if where != ["recipe"] else message
-    return f"{key}: found {found!r}; {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(parents: Sequence[str]) -> list[str]:
-    """Field names of the group that a dotted path leads to."""
-    models: list[Any] = [RunConfig]
-    skip = False
-    for part in parents:
-        if skip:  # the name of a stage, a source or an evaluation set
-            skip = False
-            continue
-        found: list[Any] = []
-        for model in models:
-            field = model.model_fields.get(part)
-            if field is not None:
-                found += _models_in(field.annotation)
-                skip = "dict[" in str(field.annotation)
-        models = found
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
