@@ -33,6 +33,7 @@ class _Strict(BaseModel):
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # also names a folder
 
 
 class RandomModelConfig(_Strict):
@@ -52,7 +53,7 @@ class RandomModelConfig(_Strict):
 class ModelConfig(_Strict):
     """The backbone: a Hugging Face folder, or random weights of a given shape."""
 
-    path: str | None = None  # folder, `asset:NAME`, or the name of a model in the local hub cache
+    path: str | None = None  # a Hugging Face folder, or `asset:NAME`
     random: RandomModelConfig | None = None
     tokenizer: str | None = None  # folder; default: the same as `path`
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -89,7 +90,7 @@ class DataConfig(_Strict):
     max_text_tokens: Positive = 48  # longer texts are cut, and counted
     image: ImageConfig = ImageConfig()
     num_workers: NotNegative = 0  # loader processes a rank; 0 loads in the rank itself
-    bad_record_limit: NotNegative = 100  # the run stops when more records could not be used
+    bad_record_limit: NotNegative = 100  # uses of unusable records a stage may have
     log_sample_ids: bool = False
 
 
@@ -226,11 +227,14 @@ class StageConfig(_Strict):
                 "data.view bridged and attention.rule eos_bridged belong together, found "
                 f"{self.data.view} and {self.attention.rule}"
             )
-        leak = self.attention.target_causal and self.attention.bridge_sees_target
-        if leak and self.objective.kind == "next_token":
+        rule = self.attention
+        hides = rule.rule in ("causal", "compression") or (
+            rule.rule == "eos_bridged" and rule.target_causal and not rule.bridge_sees_target
+        )
+        if self.objective.kind == "next_token" and not hides:
             raise ValueError(
-                "next-token targets would leak through the bridge: set "
-                "attention.bridge_sees_target=false"
+                "next-token targets would be seen before they are predicted: attention.rule must "
+                "be causal, or eos_bridged with target_causal=true and bridge_sees_target=false"
             )
         return self
 
@@ -283,7 +287,7 @@ class RunConfig(_Strict):
     seed: NotNegative = 0
     model: ModelConfig
     data: DataConfig = DataConfig()
-    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
+    stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -425,7 +429,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys and values")
-    return tree
+    return _unshared(tree)
+
+
+def _unshared(tree: dict[str, Any]) -> dict[str, Any]:
+    """Copy a tree so that YAML aliases become values of their own: an override changes one."""
+    return {k: _unshared(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
 def _read_with_parents(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -11,13 +11,20 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _STEP_FOLDER = re.compile(r"^step_(\d{8})$")
+
+
+def _inside(path: str) -> str:
+    """Refuse a path that leads out of the checkpoint's folder."""
+    if not path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"'{path}' leads out of the checkpoint")
+    return path
 
 
 class FileEntry(BaseModel):
@@ -25,7 +32,7 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str
+    path: Annotated[str, AfterValidator(_inside)]
     bytes: int
     sha256: str
 
@@ -43,7 +50,7 @@ class Manifest(BaseModel):
     target_step: int
     complete: bool  # step == target_step: the stage is done
     epoch: str  # incarnation of the run that wrote it
-    parent: str | None  # checkpoint this one grew from, relative to the run folder
+    parent: str | None  # stage end its weights began from, relative to the run folder
     world_size: int
     engine: str
     versions: dict[str, str]
@@ -52,8 +59,9 @@ class Manifest(BaseModel):
     samples: int  # in this stage
     tokens: int
     skipped_steps: int
-    wall_seconds: float  # of this stage, over all incarnations
-    productive_seconds: float  # of it, inside optimizer steps
+    bad_records: int = 0  # uses of records that could not be used, in this stage
+    wall_seconds: float  # of this stage's loop, over all incarnations; start-up is not in it
+    productive_seconds: float  # of it, inside steps, waiting for data included
     train_cpu_seconds: float  # CPU time of all ranks inside optimizer steps
     loss: dict[str, float]
     files: tuple[FileEntry, ...]
@@ -147,6 +155,23 @@ def newest(run_dir: Path, *, stage: str) -> tuple[Path, Manifest] | None:
         if isinstance(found, Manifest):
             return folder, found
     return None
+
+
+def stage_end(run_dir: Path, *, stage: str) -> tuple[Path, Manifest]:
+    """Return the complete checkpoint of a stage, every file checked.
+
+    Raises ManifestError if the stage is not finished or its end is not whole.
+    """
+    for folder, found in checkpoints(run_dir, stage=stage):
+        if isinstance(found, Manifest) and found.complete:
+            fault = find_fault(folder, found)
+            if fault is None:
+                return folder, found
+            raise ManifestError(
+                f"the end of stage '{stage}' is not whole: {folder}: {fault}; remove that folder "
+                "and the stage goes on from the checkpoint before it"
+            )
+    raise ManifestError(f"stage '{stage}' has no complete checkpoint in {run_dir}")
 
 
 def sha256_file(path: Path) -> str:

@@ -4,9 +4,10 @@ Appended by rank 0 in one write per step, cut back to the checkpoint at a resume
 never holds two objects of one (stage, step) and always tells the history that counts.
 """
 
+import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,13 @@ class JsonLines:
         line = (json.dumps(record) + "\n").encode()
         written = os.write(self._descriptor, line)
         if written != len(line):
-            raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes; is the disk full?")
+            full = f"wrote {written} of {len(line)} bytes, no space left"
+            raise OSError(errno.ENOSPC, full, str(self.path))
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file."""
@@ -45,26 +52,30 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                yield json.loads(line)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no JSON object ({error}); take that line out"
+                ) from error
 
 
-def cut_back(path: Path, *, stages: Sequence[str], stage: str, step: int) -> int:
-    """Drop what lies behind (stage, step) in the order of `stages`; return how many objects.
+def cut_back(path: Path, *, stage: str, step: int) -> int:
+    """Drop a stage's objects behind `step`; return how many. Objects without a stage count too.
 
-    Called at a resume, before the first append: those steps will be done again.
+    Called at a resume, before the first append: those steps will be done again. Other stages keep
+    theirs, as they keep their checkpoints.
     """
     if not path.exists():
         return 0
-    position = {name: index for index, name in enumerate(stages)}
     kept, dropped = [], 0
     for record in read_json_lines(path):
-        where = (position.get(record.get("stage", ""), len(stages)), record["step"])
-        if where <= (position[stage], step):
-            kept.append(json.dumps(record))
-        else:
+        if record.get("stage", stage) == stage and record["step"] > step:
             dropped += 1
+        else:
+            kept.append(json.dumps(record))
     write_atomic(path, "".join(line + "\n" for line in kept).encode())
     return dropped

@@ -46,15 +46,16 @@ class Fence:
 
     def check(self) -> None:
         """Raise RuntimeError if another incarnation has taken the run over."""
-        if not self.epoch:
-            return
+        if not self.epoch and not self.path.exists():
+            return  # no launcher has ever held this folder
         try:
             current = self.path.read_text().strip()
         except OSError as error:
             raise RuntimeError(f"cannot read {self.path}: {error}; not committing") from error
         if current != self.epoch:
             raise RuntimeError(
-                f"incarnation {self.epoch} is fenced: {current} runs now; not committing"
+                f"incarnation {self.epoch or 'by hand'} is fenced: {current} runs now; "
+                "not committing"
             )
 
 

@@ -15,12 +15,12 @@ import argparse  # noqa: E402
 import errno  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from cocoa_dist.config import RunConfig, dump_yaml, load_recipe, resolve_path  # noqa: E402
 
-_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _EXAMPLES = """\
 examples:
   see the resolved recipe, in under a second:
@@ -44,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_recipe(arguments.recipe, arguments.overrides)
         return _run(config, arguments)
     except ValueError as error:
+        if arguments.run_dir is not None:
+            traceback.print_exc()  # for the rank's log; the launcher passes on the last line
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno not in _FULL_OR_READ_ONLY:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         sys.stderr.write(f"error: {error}; make room, then start the same command again\n")
         return EXIT_BAD_INPUT
@@ -76,8 +78,11 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
     try:
         run_stage(config, stage, run_dir=arguments.run_dir, stop=_STOP)
     except SaveError as error:
+        if not error.no_room:
+            raise
         raise ValueError(
-            f"a checkpoint could not be written: {error}; older checkpoints are untouched"
+            f"a checkpoint could not be written: {error}; older checkpoints are untouched, make "
+            "room and start the same command again"
         ) from error
     return 0
 
@@ -85,9 +90,14 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
 def _check_inputs(config: RunConfig) -> int:
     """Look at everything the recipe names on disk, without torch; 0 if all is there."""
     from cocoa_dist.data.shards import ShardReader
-    from cocoa_dist.inputs import tokenizer_folder
+    from cocoa_dist.inputs import check_model_folder, tokenizer_folder
+    from cocoa_dist.train.ds_config import build_ds_config, read_ds_config
 
+    if config.model.path is not None:
+        check_model_folder(config.model.path)
     tokenizer_folder(config.model)
+    mechanics = read_ds_config(config.engine.ds_config)
+    build_ds_config(mechanics, max_grad_norm=1.0, dtype=config.model.dtype)
     sources = [source for stage in config.stages.values() for source in stage.data.sources.values()]
     for path in sorted({s.path for s in [*sources, *config.evaluation.sets.values()]}):
         ShardReader(resolve_path(path)).close()

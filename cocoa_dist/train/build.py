@@ -164,10 +164,6 @@ def _load_stage_end(model: EmbeddingModel, stage: str, *, run_dir: Path | None) 
         raise ValueError(
             f"the stage starts from stage '{stage}': give the --run-dir of a run that finished it"
         )
-    for folder, found in manifest.checkpoints(run_dir, stage=stage):
-        if isinstance(found, manifest.Manifest) and found.complete:
-            load_weights(model, folder / WEIGHTS_NAME)
-            return str(folder.relative_to(run_dir))
-    raise ValueError(
-        f"the stage starts from stage '{stage}', which has no complete checkpoint in {run_dir}"
-    )
+    folder, _ = manifest.stage_end(run_dir, stage=stage)
+    load_weights(model, folder / WEIGHTS_NAME)
+    return str(folder.relative_to(run_dir))

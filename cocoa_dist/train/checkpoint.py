@@ -5,7 +5,9 @@ gathered -> rank 0 checks the fence, writes the manifest and gives the folder it
 rename. Whatever dies before that rename leaves the previous checkpoint untouched.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -24,12 +26,33 @@ from cocoa_dist.model.adapter import merge_adapter
 from cocoa_dist.runtime import Fence, random_state, restore_random_state
 from cocoa_dist.train.engine import TrainEngine
 
+log = logging.getLogger("cocoa_dist.train")
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SHARD_FOLDER = "shards"
 WEIGHTS_NAME = "weights.safetensors"
 
 
 class SaveError(RuntimeError):
     """A checkpoint that could not be written; the run's older checkpoints are untouched."""
+
+    def __init__(self, reason: str, *, no_room: bool) -> None:
+        super().__init__(reason)
+        self.no_room = no_room  # the disk is full or read-only: no use in trying again
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Why a rank could not do its part of a save."""
+
+    reason: str
+    no_room: bool = False
+
+    @staticmethod
+    def of(error: BaseException, *, where: str = "") -> "_Fault":
+        number = getattr(error, "errno", None)
+        prefix = f"{where}: " if where else ""
+        return _Fault(f"{prefix}{error}", number in NO_ROOM)
 
 
 class _HashingFile:
@@ -59,7 +82,7 @@ class _Written:
     """What this rank wrote into a staging folder, or why it could not."""
 
     files: list[FileEntry] = field(default_factory=list)
-    error: str = ""
+    fault: _Fault | None = None
 
 
 class AtomicCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
@@ -105,7 +128,7 @@ def write_tensors(content: Any, path: Path, *, staging: Path, written: _Written)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         reason = hashing.error if hashing is not None and hashing.error else error
-        written.error = written.error or f"{path.name}: {reason}"
+        written.fault = written.fault or _Fault.of(reason, where=path.name)
         temporary.unlink(missing_ok=True)
         return
     entry = FileEntry(
@@ -144,18 +167,16 @@ class Checkpointer:
         """
         final = manifests.step_folder(self.run_dir, stage=self.stage, step=manifest.step)
         staging = self.root / f".staging-{final.name}-{self.fence.epoch or 'local'}"
-        prepared = self._agree(self._prepare(staging), staging)
-        if prepared:
-            raise SaveError(prepared)
+        self._agree(self._prepare(staging), staging)
         written = self._write(engine, staging, with_weights=manifest.complete)
-        gathered = gather_objects((written.files, written.error))
-        fault = next((error for _, error in gathered if error), "")
-        if not fault and rank() == 0:
-            files = tuple(entry for entries, _ in gathered for entry in entries)
+        gathered: list[_Written] = gather_objects(written)
+        fault = next((part.fault for part in gathered if part.fault), None)
+        if fault is None and rank() == 0:
+            files = tuple(entry for part in gathered for entry in part.files)
             fault = self._commit(staging, final, manifest.model_copy(update={"files": files}))
-        fault = self._agree(fault, staging)
-        if fault:
-            raise SaveError(fault)
+        self._agree(fault, staging)
+        if rank() == 0:
+            self._retire(newest=final)
         return final
 
     def find(self) -> Found:
@@ -188,17 +209,18 @@ class Checkpointer:
         state = torch.load(folder / _random_name(rank()), weights_only=True)
         restore_random_state(state)
 
-    def _prepare(self, staging: Path) -> str:
+    def _prepare(self, staging: Path) -> _Fault | None:
         """Rank 0 clears what dead incarnations left and makes the staging folder."""
         if rank() != 0:
-            return ""
+            return None
         try:
+            self.fence.check()  # first: what lies there may be the work of the one that runs now
             for left in self.root.glob(".staging-*"):
                 shutil.rmtree(left, ignore_errors=True)
             (staging / SHARD_FOLDER).mkdir(parents=True)
-        except OSError as error:
-            return f"{staging}: {error.strerror}"
-        return ""
+        except (OSError, RuntimeError) as error:
+            return _Fault.of(error)
+        return None
 
     def _write(self, engine: TrainEngine, staging: Path, *, with_weights: bool) -> _Written:
         writer = AtomicCheckpointEngine(staging)
@@ -215,8 +237,8 @@ class Checkpointer:
                 _write_weights(plain, staging, written)
         return written
 
-    def _commit(self, staging: Path, final: Path, manifest: Manifest) -> str:
-        """Rank 0: remove what is not ours, fence, manifest, rename, retention."""
+    def _commit(self, staging: Path, final: Path, manifest: Manifest) -> _Fault | None:
+        """Rank 0: remove what is not listed, check the fence, write the manifest, rename."""
         try:
             _remove_unlisted(staging, {entry.path for entry in manifest.files})
             self.fence.check()
@@ -228,27 +250,34 @@ class Checkpointer:
                 shutil.rmtree(broken, ignore_errors=True)
             staging.rename(final)
             manifests.fsync_folder(self.root)
-            self._retire(newest=final)
         except (OSError, RuntimeError) as error:
-            return str(error)
-        return ""
+            return _Fault.of(error)
+        return None
 
     def _retire(self, *, newest: Path) -> None:
-        """Keep the last few checkpoints and every stage end; remove the rest by rename."""
-        folders = manifests.step_folders(self.run_dir, stage=self.stage)
-        older = [folder for folder in folders if folder.name < newest.name]
-        for folder in older[self.keep_last - 1 :]:
+        """Keep the last few whole checkpoints; a failure is reported, the save stands."""
+        whole = 1
+        for folder, found in manifests.checkpoints(self.run_dir, stage=self.stage):
+            if folder.name >= newest.name:
+                continue
+            whole += isinstance(found, Manifest)
+            if isinstance(found, Manifest) and whole <= self.keep_last:
+                continue
             doomed = self.root / f".staging-retired-{folder.name}"
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("old checkpoint %s could not be removed: %s", folder.name, error)
 
-    def _agree(self, fault: str, staging: Path) -> str:
-        """Share rank 0's fault; on one, clear the staging folder. Collective."""
-        shared = next((text for text in gather_objects(fault) if text), "")
-        if shared and rank() == 0:
+    def _agree(self, fault: _Fault | None, staging: Path) -> None:
+        """Raise SaveError on every rank if one has a fault, after clearing up. Collective."""
+        shared: _Fault | None = next((f for f in gather_objects(fault) if f), None)
+        if shared is not None and rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
         barrier()
-        return shared
+        if shared is not None:
+            raise SaveError(shared.reason, no_room=shared.no_room)
 
 
 def _random_name(of_rank: int) -> str:
@@ -263,7 +292,8 @@ def _write_weights(weights: dict[str, Any], staging: Path, written: _Written) ->
         os.fsync(descriptor)
         os.close(descriptor)
     except Exception as error:  # safetensors raises its own class for a full disk
-        written.error = written.error or f"{WEIGHTS_NAME}: {error}"
+        fault = _Fault(f"{WEIGHTS_NAME}: {error}", "No space left" in str(error))
+        written.fault = written.fault or fault
         return
     entry = FileEntry(
         path=WEIGHTS_NAME, bytes=path.stat().st_size, sha256=manifests.sha256_file(path)

@@ -1,38 +1,25 @@
-"""The only file that knows DeepSpeed: builds its configuration, scales losses, steps.
+"""The only file that knows DeepSpeed: scales losses, steps, gathers weights.
 
 One factor per term makes results independent of ranks, packing and accumulation:
 weight x world size / global count, where the world size undoes ZeRO's mean over ranks.
 """
 
-import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cocoa_dist.batch import PackedBatch
-from cocoa_dist.config import PACKAGE_DIR, OptimizerConfig
+from cocoa_dist.config import OptimizerConfig
 from cocoa_dist.distributed import sum_over_ranks, world_size
 from cocoa_dist.objectives.base import Objective
-
-DS_CONFIG_DIR = PACKAGE_DIR.parent / "ds_configs"
-_OWNED_BY_RECIPE = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "steps_per_print",
-)
+from cocoa_dist.train.ds_config import build_ds_config
 
 
 @dataclass(frozen=True)
@@ -180,52 +167,6 @@ def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) ->
     return config.learning_rate * 0.5 * (1.0 - math.cos(math.pi * left))
 
 
-def read_ds_config(name_or_path: str) -> dict[str, Any]:
-    """Read a DeepSpeed configuration by name in ds_configs/, or by path."""
-    named = DS_CONFIG_DIR / f"{name_or_path}.json"
-    path = named if named.is_file() else Path(name_or_path)
-    if not path.is_file():
-        have = ", ".join(sorted(file.stem for file in DS_CONFIG_DIR.glob("*.json")))
-        raise ValueError(f"engine.ds_config '{name_or_path}' is neither a file nor one of: {have}")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
-
-
-def build_ds_config(
-    mechanics: Mapping[str, Any], *, max_grad_norm: float, dtype: str
-) -> dict[str, Any]:
-    """Join a file of ds_configs/ with what the recipe owns.
-
-    Raises ValueError for a key the recipe owns, and for any "auto": outside of transformers'
-    Trainer DeepSpeed drops it without a word.
-    """
-    for key in _OWNED_BY_RECIPE:
-        if key in mechanics:
-            raise ValueError(f"ds_config sets '{key}', which belongs to the recipe; take it out")
-    automatic = _find_auto(mechanics)
-    if automatic:
-        raise ValueError(f'ds_config has "auto" at {automatic}; give a value or take it out')
-    return {
-        **mechanics,
-        "train_micro_batch_size_per_gpu": 1,  # a nominal number: packs carry their own counts
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-    }
-
-
-def _find_auto(node: Any, prefix: str = "") -> str:
-    if node == "auto":
-        return prefix
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            found = _find_auto(value, f"{prefix}.{key}" if prefix else str(key))
-            if found:
-                return found
-    return ""
-
-
 def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW without decay on vectors (biases, norms)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -248,6 +189,7 @@ def _is_about_us(record: logging.LogRecord) -> bool:
 
 def _import_deepspeed() -> Any:
     """Import DeepSpeed quietly; on CPU keep it from compiling its shared-memory collective."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
@@ -256,7 +198,6 @@ def _import_deepspeed() -> Any:
 
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_about_us)
-    if not torch.cuda.is_available():
-        # It is built with a C++ compiler at start, about half a minute; gloo needs none.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It is built with a C++ compiler at start, about half a minute; gloo needs none.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -26,7 +26,7 @@ from cocoa_dist.data.samples import (
     view_settings,
 )
 from cocoa_dist.data.shards import ShardReader
-from cocoa_dist.manifest import newest
+from cocoa_dist.manifest import stage_end
 from cocoa_dist.model.backbone import load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.model.heads import HeadsConfig
@@ -135,10 +135,9 @@ def load_embedder(
 
 def stage_weights(run_dir: Path | None, stage: str) -> Path:
     """Return the weights file at the end of a stage. Raises ValueError if it is not finished."""
-    found = newest(run_dir, stage=stage) if run_dir is not None else None
-    if found is None or not found[1].complete:
-        raise ValueError(f"stage '{stage}' has no complete checkpoint in {run_dir}")
-    return found[0] / WEIGHTS_NAME
+    if run_dir is None:
+        raise ValueError(f"stage '{stage}' needs the folder of a run that finished it")
+    return stage_end(run_dir, stage=stage)[0] / WEIGHTS_NAME
 
 
 def read_records(source: SourceConfig) -> list[Record]:

@@ -5,6 +5,7 @@ stopped the run. All ranks decide alike, because every flag rides on the step's 
 """
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +24,8 @@ from cocoa_dist.train.engine import StepStats, TrainEngine
 
 log = logging.getLogger("cocoa_dist.train")
 
+MAX_SKIPPED_IN_A_ROW = 10
+
 
 class StageEnd(Enum):
     """How a stage's incarnation ended; the value is its verdict in `outcome.json`."""
@@ -40,6 +43,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     bad_records: int = 0
     productive_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -57,6 +61,7 @@ class Progress:
             samples=manifest.samples,
             tokens=manifest.tokens,
             skipped=manifest.skipped_steps,
+            bad_records=manifest.bad_records,
             productive_seconds=manifest.productive_seconds,
             cpu_seconds=manifest.train_cpu_seconds,
             wall_seconds_before=manifest.wall_seconds,
@@ -79,7 +84,8 @@ class _Extras:
     tokens: float
     fill: float  # sum over ranks of fill ratios
     bad_records: float
-    cpu_seconds: float  # of the step before; the last step's rides on nothing and is kept local
+    cpu_seconds: float  # of the step before; an incarnation's last step rides on nothing
+    truncated: float  # texts that were cut
     ranks: float  # one each
 
     def values(self) -> list[float]:
@@ -135,6 +141,7 @@ class StageRun:
                 "samples": progress.samples,
                 "tokens": progress.tokens,
                 "skipped_steps": progress.skipped,
+                "bad_records": progress.bad_records,
                 "wall_seconds": progress.wall_seconds,
                 "productive_seconds": progress.productive_seconds,
                 "train_cpu_seconds": progress.cpu_seconds,
@@ -142,6 +149,8 @@ class StageRun:
             }
         )
         begin = time.monotonic()
+        for lines in (self.metrics, self.sample_log, self.quarantine):
+            lines.sync()  # before the manifest: a checkpoint never knows more than the record
         folder = self.checkpointer.save(self.engine, manifest)
         if rank() == 0:
             log.info("saved %s in %.2f s", folder.name, time.monotonic() - begin)
@@ -157,9 +166,9 @@ class StageRun:
         self._count(step, stats, shared, seconds)
         if batch.bad_records:
             self._quarantine(step, batch)
-        self._check_bad_records()
         if rank() == 0:
             self._record(batch, stats, shared, seconds=seconds, waited=waited)
+        self._check_limits()
         if shared.operator_stop:
             return StageEnd.STOPPED
         return StageEnd.PREEMPTED if shared.stop else None
@@ -174,6 +183,7 @@ class StageRun:
             fill=batch.fill_ratio,
             bad_records=len(batch.bad_records),
             cpu_seconds=self.step_cpu,
+            truncated=batch.num_truncated,
             ranks=1.0,
         )
 
@@ -183,6 +193,7 @@ class StageRun:
         progress.samples += round(shared.samples)
         progress.tokens += round(shared.tokens)
         progress.skipped += stats.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats.skipped else 0
         progress.bad_records += round(shared.bad_records)
         progress.productive_seconds += seconds
         progress.cpu_seconds += shared.cpu_seconds
@@ -193,12 +204,20 @@ class StageRun:
             self.quarantine.append({"stage": self.stage_name, "step": step, "record": fault})
             log.warning("step %d: record left out: %s", step, fault)
 
-    def _check_bad_records(self) -> None:
-        limit = self.config.data.bad_record_limit
-        if self.progress.bad_records > limit:
+    def _check_limits(self) -> None:
+        """Raise ValueError, on every rank alike, for what must not go on unseen."""
+        limit, bad = self.config.data.bad_record_limit, self.progress.bad_records
+        if bad > limit:
             raise ValueError(
-                f"{self.progress.bad_records} records could not be used, more than "
-                f"data.bad_record_limit={limit}; they are listed in {self.quarantine.path.parent}"
+                f"records could not be used {bad} times in stage {self.stage_name}, more than "
+                f"data.bad_record_limit={limit}; they are listed in {self.quarantine.path.parent}: "
+                "repair or remove them, or raise the limit"
+            )
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
+                f"{self.progress.step} of {self.stage_name}; lower the learning rate, or look at "
+                "the records of these steps with tools/show_batch.py"
             )
 
     def _record(
@@ -210,9 +229,9 @@ class StageRun:
             "step": batch.step,
             "epoch": self.template.epoch,
             "time": time.time(),
-            "loss": stats.loss,
-            **{f"loss/{name}": value for name, value in stats.parts.items()},
-            "grad_norm": stats.grad_norm,
+            "loss": _finite(stats.loss),
+            **{f"loss/{name}": _finite(value) for name, value in stats.parts.items()},
+            "grad_norm": None if stats.skipped else _finite(stats.grad_norm),
             "learning_rate": stats.learning_rate,
             "samples": round(shared.samples),
             "tokens": round(shared.tokens),
@@ -220,9 +239,13 @@ class StageRun:
             "data_wait_seconds": waited,
             "step_seconds": seconds,
             "cpu_seconds": shared.cpu_seconds,
+            "truncated_texts": round(shared.truncated),
+            "skipped": stats.skipped,
             "batch_digest": batch.digest,
         }
         self.metrics.append(record)
+        if stats.skipped:
+            log.warning("step %d was skipped: its gradient is not finite", batch.step)
         if self.config.data.log_sample_ids:
             self.sample_log.append(
                 {"step": batch.step, "dataset": batch.dataset, "records": list(batch.record_ids)}
@@ -237,3 +260,8 @@ class StageRun:
                 stats.learning_rate,
                 shared.tokens / seconds,
             )
+
+
+def _finite(value: float) -> float | None:
+    """Return the value, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None

@@ -1,6 +1,7 @@
 """One rank's life in one stage: join, build, resume, train, leave in agreement."""
 
 import gc
+import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -15,7 +16,8 @@ from cocoa_dist.metrics import METRICS_NAME, cut_back
 from cocoa_dist.runtime import Fence, StopRequest, seed_everything, write_outcome
 from cocoa_dist.train.build import StageParts, base_model_digest, build_parts, library_versions
 from cocoa_dist.train.checkpoint import Checkpointer, Found
-from cocoa_dist.train.engine import TrainEngine, read_ds_config
+from cocoa_dist.train.ds_config import read_ds_config
+from cocoa_dist.train.engine import TrainEngine
 from cocoa_dist.train.loop import Progress, StageEnd, StageRun
 
 log = logging.getLogger("cocoa_dist.train")
@@ -26,6 +28,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
 
     Collective: call on all ranks. Raises ValueError for what a user or a file got wrong.
     """
+    refuse_a_held_folder(run_dir)
     quiet_known_warnings()
     torch.set_num_threads(config.runtime.threads)
     world = distributed.start(timeout_seconds=config.engine.timeout_seconds)
@@ -50,8 +53,11 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         start_step=start_step,
         folder=run_dir / "data",
     )
+    _agree_on_plan(loader)
     engine = build_engine(config, stage_name, parts)
-    _resume(checkpointer, engine, found, config=config, stage_name=stage_name, run_dir=run_dir)
+    if found.manifest is not None:
+        loader.plan.check_state(found.manifest.data_state)
+    _resume(checkpointer, engine, found, stage_name=stage_name, run_dir=run_dir)
     run = StageRun(
         config,
         stage_name,
@@ -72,11 +78,21 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
             stage=stage_name,
             step=run.progress.step,
             verdict=end.value,
-            reason=f"{run.progress.step} of {stage.steps} steps",
+            reason="; ".join([f"{run.progress.step} of {stage.steps} steps", *found.notes]),
         )
     distributed.barrier()
     distributed.stop()
     return end
+
+
+def refuse_a_held_folder(run_dir: Path) -> None:
+    """Raise ValueError for a trainer started by hand in a folder that a launcher looks after."""
+    fence = Fence(run_dir)
+    if fence.path.exists() and not fence.epoch:
+        raise ValueError(
+            f"{run_dir} belongs to a launcher (it has a file '{fence.path.name}'); train in it "
+            "with `python -m launcher run`, or give another --run-dir"
+        )
 
 
 def build_engine(config: RunConfig, stage_name: str, parts: StageParts) -> TrainEngine:
@@ -106,7 +122,6 @@ def _resume(
     engine: TrainEngine,
     found: Found,
     *,
-    config: RunConfig,
     stage_name: str,
     run_dir: Path,
 ) -> None:
@@ -124,12 +139,32 @@ def _resume(
         checkpointer.load(engine, found.folder)
     step = found.manifest.step if found.manifest else 0
     if distributed.rank() == 0:
-        stages = list(config.stages)
-        dropped = cut_back(run_dir / METRICS_NAME, stages=stages, stage=stage_name, step=step)
-        cut_back(run_dir / "samples" / f"{stage_name}.jsonl", stages=[""], stage="", step=step)
+        dropped = cut_back(run_dir / METRICS_NAME, stage=stage_name, step=step)
+        for path in (
+            run_dir / "samples" / f"{stage_name}.jsonl",
+            *(run_dir / "quarantine").glob(f"{stage_name}.rank*.jsonl"),
+        ):
+            cut_back(path, stage=stage_name, step=step)
         origin = f"from {found.folder.name}" if found.folder else "from its beginning"
         log.info("%s goes on %s; %d recorded steps will be redone", stage_name, origin, dropped)
     distributed.barrier()
+
+
+def _agree_on_plan(loader: StageLoader) -> None:
+    """Compare the ranks' plans: each reads the data itself. Collective.
+
+    Raises ValueError naming the ranks; different plans would end in unequal packs and a hang.
+    """
+    digest = hashlib.sha256(loader.fingerprint.encode())
+    for source in loader.plan.sources:
+        digest.update(source.tokens.tobytes() + source.patches.tobytes())
+    plans = distributed.gather_objects(digest.hexdigest())
+    different = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+    if different:
+        raise ValueError(
+            f"ranks {different} read other data than rank 0: is the data folder the same, and "
+            "whole, on every node?"
+        )
 
 
 def _template(

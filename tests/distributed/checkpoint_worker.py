@@ -56,7 +56,6 @@ def main(out: str) -> None:
     seen["fenced"] = save(10)
     seen["after fence"] = names()
     (run_dir / "epoch").write_text("first")
-    shards = checkpointer.root / "blocked"
     original = torch.save
 
     def full_disk(content: object, file: object) -> None:
@@ -67,7 +66,6 @@ def main(out: str) -> None:
     seen["full"] = save(12)
     torch.save = original
     seen["after full"] = names()
-    seen["blocked exists"] = shards.exists()
     newest = step_folders(run_dir, stage=STAGE)[0]
     (newest / "manifest.json").unlink()
     seen["replaced"] = save(8)

@@ -40,7 +40,7 @@ def job(stage: str, *, tokens_per_pack: int, steps: int, engine: str = "zero3", 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One rank with several packs, one rank with one, four ranks with one each."""
+    """One rank with several packs or one, two with several (not all full), four with one each."""
     root = tmp_path_factory.mktemp("parity")
 
     def of(name: str, *, world_size: int, tokens_per_pack: int):
@@ -50,6 +50,7 @@ def runs(tmp_path_factory):
     return {
         "many_packs": of("many_packs", world_size=1, tokens_per_pack=160),
         "one_pack": of("one_pack", world_size=1, tokens_per_pack=4096),
+        "two_ranks": of("two_ranks", world_size=2, tokens_per_pack=80),
         "four_ranks": of("four_ranks", world_size=4, tokens_per_pack=4096),
     }
 
@@ -86,6 +87,14 @@ def test_packing_does_not_change_loss_or_gradient(runs, stage) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_several_packs_on_two_ranks_equal_one_pack_on_one(runs, stage) -> None:
+    two, one = runs["two_ranks"][stage], runs["one_pack"][stage]
+    assert two["packs"] >= 2
+    assert_same(two, one)
+
+
+@pytest.mark.slow
 def test_zero3_on_two_ranks_equals_plain_torch_over_20_steps(tmp_path) -> None:
     jobs = [job(stage, tokens_per_pack=4096, steps=20) for stage in STAGES]
     plain = [{**j, "engine": "plain"} for j in jobs]
@@ -101,3 +110,7 @@ def test_zero3_on_two_ranks_equals_plain_torch_over_20_steps(tmp_path) -> None:
             torch.tensor(left["norms"]), torch.tensor(right["norms"]), rtol=1e-3, atol=1e-5
         )
         assert left["losses"][-1] < left["losses"][0]
+        for name, weight in right["weights"].items():  # float32, 20 steps of AdamW
+            torch.testing.assert_close(
+                left["weights"][name], weight, rtol=1e-3, atol=2e-4, msg=f"{stage} {name}"
+            )

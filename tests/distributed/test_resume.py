@@ -150,6 +150,39 @@ def test_kill_9_of_launcher_and_ranks_in_each_stage(undisturbed, tmp_path) -> No
     assert_same_run(run_dir, undisturbed)
 
 
+@pytest.mark.slow
+def test_sigterm_saves_leaves_and_goes_on_as_if_nothing_had_been(undisturbed, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = start(run_dir)
+    wait_for_step(run_dir, stage="joint_reconstruction", step=3)
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=LIMIT)
+    assert launcher.returncode == 128 + signal.SIGTERM, out
+    saved = newest(run_dir, stage="joint_reconstruction")
+    assert saved is not None
+    assert saved[1].step == history(run_dir)[-1][1]  # not one step was lost
+    finish(run_dir)
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+def test_stop_ends_the_run_until_the_file_is_taken_away(undisturbed, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = start(run_dir)
+    wait_for_step(run_dir, stage="joint_reconstruction", step=3)
+    stop = [sys.executable, "-m", "launcher", "stop", str(run_dir)]
+    subprocess.run(stop, check=True, capture_output=True)
+    out, _ = launcher.communicate(timeout=LIMIT)
+    assert launcher.returncode == 0, out
+    steps = len(history(run_dir))
+    assert steps < 24
+    assert "STOP" in finish(run_dir)
+    assert len(history(run_dir)) == steps
+    (run_dir / "STOP").unlink()
+    finish(run_dir)
+    assert_same_run(run_dir, undisturbed)
+
+
 def cut_to_middle(reference: Path, run_dir: Path) -> list[Path]:
     """Copy a run as it stood in the middle of its last stage; return its checkpoints."""
     shutil.copytree(reference, run_dir)

@@ -87,7 +87,6 @@ def zero3(config: RunConfig, job: Job, parts: StageParts, batches) -> dict[str, 
     return {
         "gradients": gradients,
         "losses": [s.loss for s in stats],
-        "parts": [dict(s.parts) for s in stats],
         "norms": [s.grad_norm for s in stats],
         "weights": engine.gathered_weights(),
     }

@@ -101,3 +101,35 @@ def test_dump_config_is_fast_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "joint_reconstruction" in done.stdout
     assert time.monotonic() - begin < 5  # under one second on a quiet machine
+
+
+def test_override_of_one_stage_leaves_the_others_alone() -> None:
+    """The recipes share values by YAML aliases; an override must not."""
+    old = load_recipe("debug")
+    new = load_recipe(
+        "debug",
+        [
+            "stages.contrastive.optimizer.learning_rate=0.5",
+            "stages.contrastive.data.sources.emoji.limit=32",
+        ],
+    )
+    assert differences(old, new, free=False) == [
+        "stages.contrastive.data.sources.emoji.limit: 64 -> 32",
+        "stages.contrastive.optimizer.learning_rate: 0.001 -> 0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["stages.next_token.attention.rule=bidirectional", "stages.next_token.attention={}"],
+)
+def test_next_tokens_may_not_be_seen_before_they_are_predicted(override) -> None:
+    with pytest.raises(ConfigError, match="would be seen before they are predicted"):
+        load_recipe("quickstart_backbone", [override])
+
+
+def test_stage_name_cannot_lead_out_of_the_run_folder(tmp_path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("extends: quickstart_contrastive\nstages: {../../x: {init_from: model}}\n")
+    with pytest.raises(ConfigError, match="should match pattern"):
+        load_recipe(str(path))

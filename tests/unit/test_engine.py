@@ -5,12 +5,8 @@ import json
 import pytest
 
 from cocoa_dist.config import OptimizerConfig
-from cocoa_dist.train.engine import (
-    DS_CONFIG_DIR,
-    build_ds_config,
-    learning_rate_at,
-    read_ds_config,
-)
+from cocoa_dist.train.ds_config import DS_CONFIG_DIR, build_ds_config, read_ds_config
+from cocoa_dist.train.engine import learning_rate_at
 
 
 def rates(schedule: str, *, warmup: int, total: int) -> list[float]:

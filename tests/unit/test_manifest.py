@@ -1,7 +1,5 @@
 """Manifests and the run's own record."""
 
-import json
-
 import pytest
 
 from cocoa_dist import manifest as manifests
@@ -61,16 +59,45 @@ def test_fault_names_file_found_and_expected(tmp_path) -> None:
     assert manifests.find_fault(folder, manifest) is None
 
 
-def test_cut_back_drops_later_steps_and_stages_and_a_torn_line(tmp_path) -> None:
+def test_cut_back_drops_a_stages_later_steps_and_a_torn_line(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
     for stage, steps in (("one", 5), ("two", 3)):
         for step in range(1, steps + 1):
             lines.append({"stage": stage, "step": step})
+    lines.sync()
     lines.close()
     with path.open("a") as file:
         file.write('{"stage": "tw')
-    assert cut_back(path, stages=["one", "two"], stage="one", step=3) == 5
-    assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3]
+    assert cut_back(path, stage="two", step=1) == 2
+    assert cut_back(path, stage="one", step=3) == 2
+    found = [(record["stage"], record["step"]) for record in read_json_lines(path)]
+    assert found == [("one", 1), ("one", 2), ("one", 3), ("two", 1)]
     assert path.read_text().endswith("\n")
-    json.loads(path.read_text().splitlines()[-1])
+
+
+def test_line_that_is_no_json_is_named(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bytes(8) + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is no JSON object"):
+        list(read_json_lines(path))
+
+
+def test_stage_end_is_checked_before_it_is_used(tmp_path) -> None:
+    entry = FileEntry(path="a.bin", bytes=3, sha256=manifests.hashlib.sha256(b"abc").hexdigest())
+    with pytest.raises(ManifestError, match="no complete checkpoint"):
+        manifests.stage_end(tmp_path, stage="one")
+    make(tmp_path, step=4)
+    make(tmp_path, step=10, files=(entry,))
+    folder = manifests.step_folder(tmp_path, stage="one", step=10)
+    (folder / "a.bin").write_bytes(b"abd")
+    with pytest.raises(ManifestError, match=r"not whole: .*a.bin has sha256"):
+        manifests.stage_end(tmp_path, stage="one")
+    (folder / "a.bin").write_bytes(b"abc")
+    assert manifests.stage_end(tmp_path, stage="one")[0] == folder
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", ""])
+def test_file_entry_stays_in_its_folder(path) -> None:
+    with pytest.raises(ValueError, match="leads out of the checkpoint"):
+        FileEntry(path=path, bytes=1, sha256="")
