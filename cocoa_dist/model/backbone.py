@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.utils import logging as transformers_logging
 
 from cocoa_dist.attention.kernels import BACKENDS, resolve_backend, segment_attention
 from cocoa_dist.attention.plan import AttentionPlan
@@ -38,6 +39,7 @@ def load_backbone(
         model = _random_model(config.random, token_ids=token_ids, vocabulary_size=vocabulary_size)
     else:
         folder = check_model_folder(str(config.path))
+        transformers_logging.disable_progress_bar()  # one bar a rank in the logs helps nobody
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, config.dtype), attn_implementation="eager"
         )
