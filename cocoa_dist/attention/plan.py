@@ -51,7 +51,8 @@ class PlanCall:
     @cached_property
     def buckets(self) -> "Buckets":
         """The same call with problems of equal lengths next to each other (for `split`)."""
-        return _bucket(self)
+        with torch.inference_mode(False):  # a plan first used in evaluation may be trained with
+            return _bucket(self)
 
     def to(self, device: torch.device | str) -> "PlanCall":
         """Return the call with its tensors on `device`."""
@@ -95,7 +96,8 @@ class AttentionPlan:
     @cached_property
     def restore_order(self) -> Tensor:
         """Row order that undoes the bucketing of `split` over all calls; (T,) int64."""
-        return torch.argsort(torch.cat([call.buckets.q_order for call in self.calls]))
+        with torch.inference_mode(False):
+            return torch.argsort(torch.cat([call.buckets.q_order for call in self.calls]))
 
     def visibility(self) -> Tensor:
         """Return the dense table (T, T), bool. For tests, pictures and the dense reference."""

@@ -138,3 +138,13 @@ def test_attention_refuses_mixed_dtypes_and_unknown_backends() -> None:
         segment_attention(q, q.double(), q.double(), plan=plan)
     with pytest.raises(ValueError, match="unknown attention backend 'fast'"):
         segment_attention(q, q, q, plan=plan, backend="fast")
+
+
+def test_plan_first_used_in_inference_can_be_trained_with() -> None:
+    plan = compile_plan([[Segment(0, 3, C)], [Segment(3, 5, C)]], attention_rule("causal"))
+    q = torch.randn(5, 2, 8)
+    with torch.inference_mode():
+        segment_attention(q, q, q, plan=plan)
+    trained = q.clone().requires_grad_()
+    segment_attention(trained, trained, trained, plan=plan).sum().backward()
+    assert trained.grad is not None

@@ -35,6 +35,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "language": {"kind": "next_token"},
     "pair": {"kind": "contrastive"},
 }
+RULES = {"bridged": "eos_bridged", "language": "causal"}
 
 
 def record(number: int, prefix: str = "a", *, broken: bool = False) -> Record:
@@ -84,7 +85,7 @@ def config(
     }
     stage = {
         "objective": OBJECTIVES[view],
-        "attention": {"rule": "eos_bridged" if view == "bridged" else "bidirectional"},
+        "attention": {"rule": RULES.get(view, "bidirectional")},
         "data": {"view": view, "sources": paths, "image_share": 0.5},
         "batch_size": BATCH_SIZE,
         "steps": 100,
