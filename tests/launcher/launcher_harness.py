@@ -82,6 +82,7 @@ class Launch:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONPATH": root},
+            preexec_fn=_heed_hangup,
         )
         self.spawned.append(process)
         return process
@@ -203,3 +204,8 @@ def kill_quietly(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def _heed_hangup() -> None:
+    """Undo what a test run under nohup hands down: a launcher survives what its parent ignores."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -44,7 +44,7 @@ def test_stop_command_ends_the_run_after_saving(launch, capsys):
     said = capsys.readouterr().out
     assert f"process {process.pid}" in said
     assert "rm " in said
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "to go on: rm " in out
     assert launch.ends() == ["stopped"]
@@ -58,7 +58,7 @@ def test_stop_command_ends_the_run_after_saving(launch, capsys):
 def test_a_signal_saves_and_tells_the_shell_which(launch, number):
     process = start(launch)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "goes on" in out
     assert launch.ends() == ["preempted"]
@@ -75,7 +75,7 @@ def test_a_second_signal_kills_ranks_that_do_not_leave(launch):
     time.sleep(0.6)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert processes_about(launch.folder) == []
 
@@ -131,7 +131,7 @@ def test_a_second_launcher_is_refused_with_process_host_and_time(launch, capsys)
     assert os.uname().nodename in error
     assert " since 2" in error
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert launch.ends() == ["preempted"]
 
 
@@ -140,5 +140,5 @@ def test_asking_for_the_status_never_gets_in_the_way(launch):
     for _ in range(20):
         assert read_status(launch.run_dir).state == "running"
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 143
