@@ -1,32 +1,87 @@
-"""Runs a plan. All backends share one signature and give the same numbers.
+"""Runs a plan. All backends share one signature and give the same numbers; `auto` picks one."""
 
-`dense` is the reference: SDPA under the plan's full table, quadratic in T. `split` gathers the
-problems of one shape into one batched SDPA call each: exact, no padding, the CPU default.
-"""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType, ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cocoa_dist.attention.plan import AttentionPlan, PlanCall
+from cocoa_dist.attention.backends import dense, flash_attn, flash_attn_4, flex, split, varlen
+from cocoa_dist.attention.plan import AttentionPlan
 
-BACKENDS = ("dense", "split")
+_MODULES: Mapping[str, ModuleType] = MappingProxyType(
+    {
+        "dense": dense,
+        "split": split,
+        "varlen": varlen,
+        "flash_attn": flash_attn,
+        "flash_attn_4": flash_attn_4,
+        "flex": flex,
+    }
+)
+BACKENDS = tuple(_MODULES)
+_FORWARD_ANYWHERE = ("flex",)  # runs without gradients where it cannot train
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names that `segment_attention` takes here, besides `auto`."""
-    return BACKENDS
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend runs, and why."""
+
+    name: str
+    reason: str
 
 
-def resolve_backend(backend: str) -> str:
-    """Turn `auto` into the fastest backend that is here. Raises ValueError for unknown names."""
+def available_backends(
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[str, ...]:
+    """Names that can train on `device`, besides `auto`.
+
+    `dtype` defaults to bfloat16 on a GPU and float32 elsewhere.
+    """
+    where = torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    return tuple(name for name, module in _MODULES.items() if not module.missing(where, dtype))
+
+
+def choose_backend(
+    backend: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> BackendChoice:
+    """Turn `auto` into the fastest backend that is here, and check any other name.
+
+    Raises ValueError for an unknown name, and for a backend that cannot run here, with what is
+    missing and how to get it.
+    """
+    return _choose(backend, torch.device(device), dtype)
+
+
+@lru_cache(maxsize=256)
+def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
     if backend == "auto":
-        return "split"
-    if backend not in BACKENDS:
+        return _fastest(device, dtype)
+    if backend not in _MODULES:
         raise ValueError(
             f"unknown attention backend '{backend}' (have: auto, {', '.join(BACKENDS)})"
         )
-    return backend
+    fault = _MODULES[backend].missing(device, dtype)
+    if fault is not None and backend not in _FORWARD_ANYWHERE:
+        raise ValueError(f"attention backend '{backend}' cannot run here: {fault}")
+    return BackendChoice(backend, "asked for by name")
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    if device.type != "cuda":
+        return BackendChoice("split", f"the fastest that trains on {device.type}")
+    if flash_attn.has_flash_3(device) and flash_attn.missing(device, dtype) is None:
+        return BackendChoice("flash_attn", "FlashAttention-3 is installed and the card is Hopper")
+    fault = varlen.missing(device, dtype)
+    if fault is None:
+        return BackendChoice("varlen", "FlashAttention-2 in torch itself, nothing to install")
+    if flex.missing(device, dtype) is None:
+        return BackendChoice("flex", f"varlen cannot run: {fault}")
+    return BackendChoice("split", f"varlen cannot run: {fault}; flex cannot either")
 
 
 def segment_attention(
@@ -41,12 +96,12 @@ def segment_attention(
     """Attention in which every row sees exactly what the plan allows; returns (T, H, K).
 
     `scale` multiplies the scores; default 1 / sqrt(K). Raises ValueError for shapes, dtypes or
-    devices that do not fit, before any kernel runs.
+    devices that do not fit, and for a backend that is not here, before any kernel runs.
     """
     _check(q_THK, k_TGK, v_TGK, plan)
-    if resolve_backend(backend) == "dense":
-        return _dense(q_THK, k_TGK, v_TGK, plan, scale)
-    return _split(q_THK, k_TGK, v_TGK, plan, scale)
+    chosen = _choose(backend, q_THK.device, q_THK.dtype)
+    out_THK: Tensor = _MODULES[chosen.name].run(q_THK, k_TGK, v_TGK, plan, scale)
+    return out_THK
 
 
 def _check(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan) -> None:
@@ -60,73 +115,17 @@ def _check(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan) -> 
         raise ValueError(
             f"the plan is for {plan.num_tokens} tokens, q has {tokens}, k has {k_TGK.shape[0]}"
         )
-    if heads % k_TGK.shape[1] or width != k_TGK.shape[2]:
+    if not k_TGK.shape[1] or heads % k_TGK.shape[1] or width != k_TGK.shape[2]:
         raise ValueError(
             f"{heads} query heads of width {width} do not fit {k_TGK.shape[1]} key heads of "
             f"width {k_TGK.shape[2]}"
         )
     if not (q_THK.dtype == k_TGK.dtype == v_TGK.dtype):
         raise ValueError(f"dtypes differ: {q_THK.dtype}, {k_TGK.dtype}, {v_TGK.dtype}")
-    if not (q_THK.device == k_TGK.device == plan.lo.device):
+    if not q_THK.is_floating_point():
+        raise ValueError(f"attention needs a floating-point dtype, found {q_THK.dtype}")
+    if not (q_THK.device == k_TGK.device == v_TGK.device == plan.device):
         raise ValueError(
-            f"devices differ: q {q_THK.device}, k {k_TGK.device}, plan {plan.lo.device}"
+            f"devices differ: q {q_THK.device}, k {k_TGK.device}, v {v_TGK.device}, "
+            f"plan {plan.device}"
         )
-
-
-def _dense(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan, scale: float | None
-) -> Tensor:
-    out_HTK = F.scaled_dot_product_attention(
-        q_THK.transpose(0, 1)[None],
-        k_TGK.transpose(0, 1)[None],
-        v_TGK.transpose(0, 1)[None],
-        attn_mask=plan.visibility(),
-        scale=scale,
-        enable_gqa=q_THK.shape[1] != k_TGK.shape[1],
-    )[0]
-    return out_HTK.transpose(0, 1)
-
-
-def _split(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan, scale: float | None
-) -> Tensor:
-    """One batched SDPA for each shape of problem; rows are put back by one gather at the end."""
-    parts = [part for call in plan.calls for part in _split_call(q_THK, k_TGK, v_TGK, call, scale)]
-    return torch.cat(parts).index_select(0, plan.restore_order)
-
-
-def _split_call(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, call: PlanCall, scale: float | None
-) -> list[Tensor]:
-    buckets = call.buckets
-    rows_q = [shape.count * shape.n_q for shape in buckets.shapes]
-    rows_k = [shape.count * shape.n_k for shape in buckets.shapes]
-    gathered = zip(
-        buckets.shapes,
-        torch.split(q_THK.index_select(0, buckets.q_order), rows_q),
-        torch.split(k_TGK.index_select(0, buckets.k_order), rows_k),
-        torch.split(v_TGK.index_select(0, buckets.k_order), rows_k),
-        strict=True,
-    )
-    out = []
-    for shape, q, k, v in gathered:
-        square = shape.n_q == shape.n_k
-        out_BHQK = F.scaled_dot_product_attention(
-            q.view(shape.count, shape.n_q, *q.shape[1:]).transpose(1, 2),
-            k.view(shape.count, shape.n_k, *k.shape[1:]).transpose(1, 2),
-            v.view(shape.count, shape.n_k, *v.shape[1:]).transpose(1, 2),
-            attn_mask=None if square or not call.causal else _bottom_right(shape.n_q, shape.n_k, q),
-            is_causal=call.causal and square,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        out.append(out_BHQK.transpose(1, 2).flatten(0, 1))
-    return out
-
-
-def _bottom_right(n_q: int, n_k: int, like: Tensor) -> Tensor:
-    """Causal table (n_q, n_k) whose last query sees all keys; SDPA's own is top-left."""
-    if n_k < n_q:
-        raise ValueError(f"a causal problem has {n_q} queries and only {n_k} keys")
-    visible = torch.ones(n_q, n_k, dtype=torch.bool, device=like.device)
-    return visible.tril(n_k - n_q)

@@ -1,0 +1,82 @@
+"""The flash-attn package: FlashAttention-3 where its module is and the card is Hopper, else 2."""
+
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cocoa_dist.attention.backends.varlen import missing_half_gpu, run_calls
+from cocoa_dist.attention.plan import AttentionPlan, PlanCall
+
+_HOPPER = 9
+
+
+def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why the kernel cannot run on `device` in `dtype`, or None."""
+    if _flash_2() is None and _flash_3() is None:
+        return (
+            "neither flash_attn nor flash_attn_interface (FlashAttention-3) can be imported: "
+            "pip install flash-attn --no-build-isolation"
+        )
+    fault = missing_half_gpu(device, dtype)
+    if fault is not None:
+        return fault
+    if _flash_2() is None and not has_flash_3(device):
+        return "only FlashAttention-3 is installed, which needs a Hopper card: install flash-attn"
+    return None
+
+
+def has_flash_3(device: torch.device) -> bool:
+    """Whether FlashAttention-3 is installed and fits the card."""
+    if device.type != "cuda" or _flash_3() is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
+def run(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan, scale: float | None
+) -> Tensor:
+    """Attention by one call for each causality class, (T, H, K)."""
+    return run_calls(q_THK, k_TGK, v_TGK, plan, scale, kernel=_kernel)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None) -> Tensor:
+    function = _flash_3() if has_flash_3(q.device) else _flash_2()
+    assert function is not None
+    out = function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
+        softmax_scale=scale,
+        causal=call.causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first
+
+
+@lru_cache(maxsize=1)
+def _flash_2() -> Any:
+    return _function("flash_attn")
+
+
+@lru_cache(maxsize=1)
+def _flash_3() -> Any:
+    return _function("flash_attn_interface")
+
+
+def _function(module: str) -> Any:
+    """Return flash_attn_varlen_func of a module; None where there is none.
+
+    flash-attn-4 installs a package flash_attn that holds flash_attn.cute alone.
+    """
+    if find_spec(module) is None:
+        return None
+    return getattr(import_module(module), "flash_attn_varlen_func", None)
