@@ -4,13 +4,56 @@ Samples lie end to end, nothing is padded. Rows that carry a loss are listed, so
 runs on a row nobody reads. Built by `data/packing.py`; read by `model/` and `objectives/`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cocoa_dist.attention.plan import AttentionPlan
+
+_Value = TypeVar("_Value", "VisionLayout", "PackedBatch")
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Where the P patches of a pack lie: all that the vision tower would work out by itself.
+
+    What a model family has no use for is None. Built by `data/geometry.py`.
+    """
+
+    positions: Tensor  # (P, 2) int64: row and column of each patch in its picture
+    plan: AttentionPlan  # over the P patches: each picture sees itself; also in window order
+    window_plan: AttentionPlan | None = None  # over the P patches in window order
+    window_index: Tensor | None = None  # (P / merge^2,) int64: visual tokens in window order
+    taps: Tensor | None = None  # (P, 4) int64: learned positions that a patch mixes
+    tap_weights: Tensor | None = None  # (P, 4) float32
+
+    def __post_init__(self) -> None:
+        """Check that the parts are for the same patches."""
+        patches = self.plan.num_tokens
+        windows = self.window_plan
+        found = {
+            "positions": len(self.positions),
+            "window_plan": patches if windows is None else windows.num_tokens,
+            "taps": patches if self.taps is None else len(self.taps),
+            "tap_weights": patches if self.tap_weights is None else len(self.tap_weights),
+        }
+        wrong = [f"{name} for {count}" for name, count in found.items() if count != patches]
+        if wrong:
+            raise ValueError(f"the plan is for {patches} patches, but {', '.join(wrong)}")
+        pairs = ((windows, self.window_index), (self.taps, self.tap_weights))
+        if any((left is None) != (right is None) for left, right in pairs):
+            raise ValueError("a window_plan needs a window_index, and taps need tap_weights")
+
+    def to(self, device: torch.device | str) -> "VisionLayout":
+        """Return the layout with its tensors on `device`."""
+        return _map_tensors(self, lambda part: part.to(device))
+
+    def pin_memory(self) -> "VisionLayout":
+        """Return the layout in page-locked memory, so that `to` does not wait."""
+        return _map_tensors(self, lambda part: part.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -27,7 +70,7 @@ class PackedBatch:
     plan: AttentionPlan  # over the T tokens
     pixel_values: Tensor  # (P, C) float32, after corruption
     image_grid_thw: Tensor  # (images, 3) int64, in patches
-    vision_plan: AttentionPlan  # over the P patches: each picture sees itself
+    vision: VisionLayout  # of the P patches
     image_rows: Tensor  # (M,) int64: rows of input_ids that take the visual tokens, in order
     label_rows: Tensor  # (S,) int64: rows whose hidden state predicts a token
     labels: Tensor  # (S,) int64: the tokens they predict
@@ -51,8 +94,8 @@ class PackedBatch:
                 f"{tokens} tokens, but positions {tuple(self.position_ids.shape)} and a plan "
                 f"for {self.plan.num_tokens}"
             )
-        if self.vision_plan.num_tokens != patches:
-            raise ValueError(f"{patches} patches, a plan for {self.vision_plan.num_tokens}")
+        if self.vision.plan.num_tokens != patches:
+            raise ValueError(f"{patches} patches, a layout for {self.vision.plan.num_tokens}")
         for rows, values in (("label_rows", "labels"), ("patch_rows", "patch_targets")):
             left, right = len(getattr(self, rows)), len(getattr(self, values))
             if left != right:
@@ -72,15 +115,25 @@ class PackedBatch:
         return len(self.pair_ids)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """Return the batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device`.
+
+        From page-locked memory the copies run beside the host's work.
+        """
         if self.input_ids.device == torch.device(device):
             return self
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor | AttentionPlan)
-        }
-        return replace(self, **moved)
+        to_gpu = torch.device(device).type == "cuda"
+        return _map_tensors(
+            self,
+            lambda part: (
+                part.to(device, non_blocking=to_gpu)
+                if isinstance(part, Tensor)
+                else part.to(device)
+            ),
+        )
+
+    def pin_memory(self) -> "PackedBatch":
+        """Return the batch in page-locked memory, so that `to` does not wait."""
+        return _map_tensors(self, lambda part: part.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -99,3 +152,14 @@ class StepBatch:
     num_truncated: int  # texts that were cut
     bad_records: tuple[str, ...]  # `dataset row key: reason` of records that could not be used
     cpu_seconds: float  # CPU time it took to make, where a worker process made it
+
+
+def _map_tensors(value: _Value, change: Callable[[Any], Any]) -> _Value:
+    """Return a dataclass with `change(part)` in place of every part that holds tensors."""
+    kinds = Tensor | AttentionPlan | VisionLayout
+    changed: dict[str, Any] = {
+        field.name: change(part)
+        for field in fields(value)
+        if isinstance(part := getattr(value, field.name), kinds)
+    }
+    return replace(value, **changed)

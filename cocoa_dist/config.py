@@ -37,8 +37,9 @@ StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # also names a 
 
 
 class RandomModelConfig(_Strict):
-    """A Qwen2-VL with random weights, for the quickstart's backbone and for tests."""
+    """A model with random weights, for the quickstart's backbone and for tests."""
 
+    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] = "qwen2_vl"
     hidden_size: Positive = 128
     num_layers: Positive = 2
     num_heads: Positive = 4
@@ -57,10 +58,13 @@ class ModelConfig(_Strict):
     random: RandomModelConfig | None = None
     tokenizer: str | None = None  # folder; default: the same as `path`
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention_backend: Literal["auto", "dense", "split"] = "auto"
+    attention_backend: Literal[
+        "auto", "dense", "split", "varlen", "flash_attn", "flash_attn_4", "flex"
+    ] = "auto"
     bridge_token: str = "<|im_end|>"  # EOS: the embedding is read from it
     mask_token: str = "<|mask|>"  # added to the tokenizer where it has none
     checkpoint_activations: bool = False
+    compile_layers: bool = False  # torch.compile of decoder layers and vision blocks
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
@@ -137,6 +141,13 @@ class NextTokenConfig(_Strict):
     kind: Literal["next_token"] = "next_token"
 
 
+class GradCacheConfig(_Strict):
+    """GradCache (arXiv 2101.06983): memory of one chunk, for one more forward pass."""
+
+    mode: Literal["auto", "always", "never"] = "auto"  # auto: where a rank has several chunks
+    packs: Positive = 1  # of a chunk
+
+
 class ContrastiveConfig(_Strict):
     """InfoNCE over the candidates of all ranks."""
 
@@ -144,6 +155,7 @@ class ContrastiveConfig(_Strict):
     temperature: Annotated[float, Field(gt=0.0)] = 0.05
     symmetric: bool = False  # also target to query
     mask_false_negatives: bool = True
+    grad_cache: GradCacheConfig = GradCacheConfig()
 
 
 ObjectiveConfig = Annotated[
@@ -242,8 +254,22 @@ class StageConfig(_Strict):
 class EngineConfig(_Strict):
     """What runs the step. The file in ds_configs/ holds mechanics only."""
 
-    ds_config: str = "zero3_cpu"  # name in ds_configs/, or a path
+    kind: Literal["deepspeed", "fsdp2"] = "deepspeed"  # ZeRO-3, or torch's fully_shard
+    ds_config: str = "zero3_cpu"  # of deepspeed: a name in ds_configs/, or a path
     timeout_seconds: Positive = 600  # of a collective
+    resident_parameters: Literal["auto"] | bool = "auto"  # every rank keeps all weights gathered
+    reduction: Literal["coalesce", "boundary"] = "boundary"  # of a step's gradients, see engine.py
+
+
+class GuardsConfig(_Strict):
+    """What is looked at while a stage runs; none of it changes a number."""
+
+    preflight: bool = True  # before the first step: collective, largest pack, disk
+    max_skipped_in_a_row: Positive = 10  # steps whose loss or gradient was not finite
+    max_skipped: Positive = 100  # of them in a stage
+    spike_window: NotNegative = 64  # steps a loss is compared with; 0: no comparison
+    spike_deviations: Annotated[float, Field(gt=0.0)] = 8.0  # above the median, in robust sigmas
+    watchdog: bool = True  # end a rank that makes no step within engine.timeout_seconds
 
 
 class CheckpointConfig(_Strict):
@@ -251,12 +277,18 @@ class CheckpointConfig(_Strict):
 
     every_steps: Positive = 100
     keep_last: Positive = 2  # of the running stage; stage ends always stay
+    max_failed_saves: NotNegative = 3  # in a row; one more ends the run
 
 
 class MetricsConfig(_Strict):
-    """What is printed."""
+    """What is printed, and what Prometheus gets to see (exporter.py)."""
 
     log_every_steps: Positive = 20
+    exporter: bool = True  # an endpoint for Prometheus in every rank and the launcher
+    port: NotNegative = 0  # of a rank: this plus its local rank; 0: a free one
+    bind_address: str = "auto"  # auto: loopback outside SLURM, else every interface
+    targets: str | None = None  # folder of the file_sd targets; default: sd/ in the run folder
+    heartbeat_seconds: Annotated[float, Field(ge=0.0)] = 1.0  # between two in events.jsonl
 
 
 class EvaluationConfig(_Strict):
@@ -289,11 +321,23 @@ class RunConfig(_Strict):
     data: DataConfig = DataConfig()
     stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
     engine: EngineConfig = EngineConfig()
+    guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _compiled_layers_have_no_adapters(self) -> "RunConfig":
+        adapted = [name for name, stage in self.stages.items() if stage.adapter is not None]
+        if self.model.compile_layers and adapted:
+            raise ValueError(
+                f"stage '{adapted[0]}' has an adapter, and model.compile_layers is true: ZeRO-3 "
+                "gathers a compiled layer at once, and frees its frozen weights before the "
+                "backward pass has read them; set model.compile_layers=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_start_from_earlier_ones(self) -> "RunConfig":
@@ -316,6 +360,8 @@ _FREE_KEYS = (
     "data.bad_record_limit",
     "data.image.cache_bytes",
     "engine.timeout_seconds",
+    "engine.resident_parameters",
+    "guards",
     "checkpoint",
     "metrics",
     "evaluation",

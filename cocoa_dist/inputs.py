@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cocoa_dist.config import ModelConfig, resolve_path
 
-SUPPORTED_MODEL_TYPES = ("qwen2_vl",)
+SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def check_model_folder(path: str) -> Path:
@@ -27,13 +27,18 @@ def check_model_folder(path: str) -> Path:
         missing.append("*.safetensors (the weights)")
     if missing:
         raise ValueError(f"model folder {folder} lacks {', '.join(missing)}")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    found = model_type(folder)
+    if found not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"model folder {folder} is of type '{model_type}', which is not supported yet "
+            f"model folder {folder} is of type '{found}', which is not supported yet "
             f"(have: {', '.join(SUPPORTED_MODEL_TYPES)})"
         )
     return folder
+
+
+def model_type(folder: Path) -> str:
+    """Return the `model_type` that a model folder's config.json states."""
+    return str(json.loads((folder / "config.json").read_text()).get("model_type"))
 
 
 def tokenizer_folder(config: ModelConfig) -> Path:

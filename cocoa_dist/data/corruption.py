@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cocoa_dist.config import ObjectiveConfig, ReconstructionConfig
-from cocoa_dist.data.samples import Bools, ImageGeometry, Ints, Sample, Vocabulary
+from cocoa_dist.data.geometry import ImageGeometry
+from cocoa_dist.data.samples import Bools, Ints, Sample, Vocabulary
 from cocoa_dist.segments import Role
 
 

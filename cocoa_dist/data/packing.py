@@ -7,37 +7,32 @@ here, so that a target is always the clean picture.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cocoa_dist.attention.plan import AttentionPlan, compile_plan
+from cocoa_dist.attention import AttentionPlan, compile_plan
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.data.corruption import CorruptedSample, uncorrupted
+from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels
 from cocoa_dist.data.order import greedy_knapsack
 from cocoa_dist.data.records import Record, Side, side_texts
 from cocoa_dist.data.samples import (
     Bools,
-    ImageGeometry,
     Ints,
     ViewSettings,
     Vocabulary,
     filler_sample,
 )
-from cocoa_dist.segments import AttentionRule, Role, Segment, attention_rule
+from cocoa_dist.data.vision_layout import vision_layout
+from cocoa_dist.segments import AttentionRule, Segment
 
 Floats = NDArray[np.float32]
 
-# CLIP's statistics (arXiv 2103.00020), which Qwen2-VL keeps; of values in [0, 1], red green blue.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_VISION_PLANS = 32  # kept: pictures of one size give the same plan in every step
 _VARIANCE_FLOOR = 1e-6  # of normalised patches (arXiv 2111.06377, released code)
-_EACH_PICTURE = attention_rule("bidirectional")
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def build_pack(
         plan=_plan(samples, starts, rule),
         pixel_values=torch.from_numpy(vision.pixels),
         image_grid_thw=torch.tensor(vision.grids, dtype=torch.int64),
-        vision_plan=_vision_plan(tuple(vision.grids)),
+        vision=vision_layout(tuple(vision.grids), geometry),
         image_rows=torch.from_numpy(image_rows),
         label_rows=_joined(
             [s.label_rows + start for s, start in zip(samples, starts, strict=True)]
@@ -121,8 +116,10 @@ def patchify(images: NDArray[np.uint8], *, geometry: ImageGeometry) -> Floats:
     high, wide = height // geometry.factor, width // geometry.factor
     split = images.reshape(count, high, merge, size, wide, merge, size, 3)
     ordered = split.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, 3, size * size)
-    scale = np.array([1.0 / (255.0 * std) for std in CLIP_STD], dtype=np.float32)
-    offset = np.array([m / std for m, std in zip(CLIP_MEAN, CLIP_STD, strict=True)], np.float32)
+    scale = np.array([1.0 / (255.0 * std) for std in geometry.std], dtype=np.float32)
+    offset = np.array(
+        [m / std for m, std in zip(geometry.mean, geometry.std, strict=True)], np.float32
+    )
     frame = ordered * scale[:, None] - offset[:, None]
     patches = np.empty((len(frame), 3, geometry.temporal, size * size), dtype=np.float32)
     patches[:] = frame[:, :, None]
@@ -349,23 +346,11 @@ def _plan(samples: Sequence[CorruptedSample], starts: Ints, rule: AttentionRule)
     return compile_plan(moved, rule)
 
 
-@lru_cache(maxsize=_VISION_PLANS)
-def _vision_plan(grids: tuple[tuple[int, int, int], ...]) -> AttentionPlan:
-    stops = np.cumsum([time * high * wide for time, high, wide in grids]).tolist()
-    pictures = [
-        [Segment(start, stop, Role.CONTEXT)]
-        for start, stop in zip([0, *stops[:-1]], stops, strict=True)
-    ]
-    return compile_plan(pictures, _EACH_PICTURE)
-
-
 def _joined(parts: Sequence[Ints]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
 __all__ = [
-    "CLIP_MEAN",
-    "CLIP_STD",
     "EmbeddingInfo",
     "build_pack",
     "greedy_knapsack",

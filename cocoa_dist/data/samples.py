@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cocoa_dist.config import DataConfig, ImageConfig, ModelConfig, StageDataConfig
+from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels, decode_image, resize_image, smart_size
 from cocoa_dist.data.records import Record, Side, side_texts
 from cocoa_dist.manifest import sha256_file
@@ -31,28 +32,6 @@ _WHITE = 255
 _MEMO_TEXTS = 65536  # encoded texts kept; names and short captions recur in every pass
 _NAME_ALONE_SHARE = 0.3  # of captions when keywords are sampled
 _WITH_NAME_SHARE = 0.75  # of the captions that have keywords
-
-
-@dataclass(frozen=True)
-class ImageGeometry:
-    """How pixels become patches and patches become visual tokens."""
-
-    patch_size: int  # pixels, one side
-    merge: int = 2  # patches merged into one token, one side
-    temporal: int = 2  # frames of a patch; a picture is repeated
-
-    @property
-    def factor(self) -> int:
-        """Pixels of one side that a visual token covers; sides are multiples of it."""
-        return self.patch_size * self.merge
-
-    def grid(self, image: Pixels) -> tuple[int, int, int]:
-        """Return (1, height, width) of a picture at the model's size, in patches."""
-        return 1, image.shape[0] // self.patch_size, image.shape[1] // self.patch_size
-
-    def num_tokens(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of height x width pixels at the model's size."""
-        return (height // self.factor) * (width // self.factor)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Merging works on named tensors alone, so nothing but the gathered weights has to
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cocoa_dist.config import AdapterConfig
@@ -18,15 +18,22 @@ _WRAPPER = "base_model.model."  # what peft puts in front of the backbone's name
 def add_adapter(backbone: PreTrainedModel, config: AdapterConfig) -> PreTrainedModel:
     """Freeze the backbone and add trainable adapters to its `targets`.
 
-    LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353. Raises ValueError if no module has a target's
-    name.
+    LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353. A target is a module's last name, or more of
+    its end (`attn.proj`). Raises ValueError if no module has it, or one that is not linear.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rpartition(".")[2] for name, _ in backbone.named_modules()}
-    absent = [target for target in config.targets if target not in names]
+    found = {target: _modules_named(backbone, target) for target in config.targets}
+    absent = [target for target, modules in found.items() if not modules]
     if absent:
         raise ValueError(f"adapter.targets: the backbone has no module named {', '.join(absent)}")
+    for target, modules in found.items():
+        for name, module in modules.items():
+            if not isinstance(module, nn.Linear):
+                raise ValueError(
+                    f"adapter.targets: '{target}' names {name} too, a {type(module).__name__}; "
+                    "only linear layers can be merged: give more of the name, as in attn.proj"
+                )
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -37,6 +44,11 @@ def add_adapter(backbone: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
     # One dtype for everything that is trained: ZeRO-3 flattens it together.
     wrapped: PreTrainedModel = get_peft_model(backbone, settings, autocast_adapter_dtype=False)
     return wrapped
+
+
+def _modules_named(backbone: PreTrainedModel, target: str) -> dict[str, nn.Module]:
+    """Return the modules that peft will take for `target`."""
+    return {n: m for n, m in backbone.named_modules() if f".{n}".endswith(f".{target}")}
 
 
 def merge_adapter(weights: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:

@@ -1,88 +1,168 @@
-"""Loads or makes a Qwen2-VL and routes its attention, text and vision, through segment plans.
+"""Loads or makes a backbone and routes its attention, text and vision, through segment plans.
 
 Transformers' own modules, none copied: the text layers call a registered attention function, the
 vision blocks get a subclass that makes one call over all pictures. No mask function is registered
 under our names, so no dense mask is ever built.
 """
 
-from functools import partial
+import logging
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.utils import logging as transformers_logging
 
-from cocoa_dist.attention.kernels import BACKENDS, resolve_backend, segment_attention
-from cocoa_dist.attention.plan import AttentionPlan
-from cocoa_dist.config import ModelConfig, RandomModelConfig
-from cocoa_dist.inputs import check_model_folder
+from cocoa_dist.attention import AttentionPlan, choose_backend, segment_attention
+from cocoa_dist.attention.kernels import BACKENDS
+from cocoa_dist.batch import VisionLayout
+from cocoa_dist.config import ModelConfig
+from cocoa_dist.distributed import rank
+from cocoa_dist.inputs import check_model_folder, model_type
+from cocoa_dist.model.families import FAMILIES, Family, family_of
 
-SPECIAL_TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
+log = logging.getLogger("cocoa_dist.model")
+
+# Names under which transformers finds our attention: it takes one with "flash" in it for a kernel
+# to look up, and one with "flex_attention" for its own.
+_ATTENTION_NAMES = {
+    **{name: f"cocoa_{name}" for name in ("auto", *BACKENDS)},
+    "flash_attn": "cocoa_fa",
+    "flash_attn_4": "cocoa_fa4",
 }
+_COMPILED_KINDS = 64
 
 
 def load_backbone(
     config: ModelConfig, *, token_ids: dict[str, int], vocabulary_size: int
-) -> Qwen2VLForConditionalGeneration:
+) -> PreTrainedModel:
     """Build the backbone of a recipe on the host, with its attention routed through plans.
 
     `token_ids`: token to id, for the special tokens of random models. Raises ValueError if the
     folder is missing, incomplete, or of a model type that is not supported.
     """
     if config.random is not None:
-        model = _random_model(config.random, token_ids=token_ids, vocabulary_size=vocabulary_size)
+        model = FAMILIES[config.random.family].random_model(
+            config.random, token_ids=token_ids, vocabulary_size=vocabulary_size
+        )
     else:
         folder = check_model_folder(str(config.path))
         transformers_logging.disable_progress_bar()  # one bar a rank in the logs helps nobody
-        model = Qwen2VLForConditionalGeneration.from_pretrained(
+        model = FAMILIES[model_type(folder)].model_class.from_pretrained(
             folder, dtype=getattr(torch, config.dtype), attn_implementation="eager"
         )
         _grow_vocabulary(model, vocabulary_size)
     model = model.to(getattr(torch, config.dtype))
     route_attention(model, backend=config.attention_backend)
     if config.checkpoint_activations:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    if config.compile_layers:
+        compile_layers(model)
     return model
 
 
-def route_attention(model: Qwen2VLForConditionalGeneration, *, backend: str) -> None:
-    """Make text and vision attention of `model` run the plans given to its forward passes."""
-    if getattr(model.config.text_config, "use_sliding_window", False):
-        raise ValueError(
-            "the text model uses sliding windows (use_sliding_window), which attention plans do "
-            "not express; set use_sliding_window=false in its config.json"
-        )
-    resolved = resolve_backend(backend)
-    for name in BACKENDS:
-        AttentionInterface.register(f"cocoa_{name}", partial(_text_attention, backend=name))
-    model.set_attn_implementation({"text_config": f"cocoa_{resolved}", "vision_config": "sdpa"})
-    for block in model.model.visual.blocks:
-        block.attn.__class__ = SegmentVisionAttention
-        block.attn.backend = resolved
+def route_attention(
+    model: PreTrainedModel, *, backend: str, device: torch.device | str | None = None
+) -> None:
+    """Make text and vision attention of `model` run the plans given to its forward passes.
 
-
-def patch_positions(grids_I3: Tensor, *, merge: int) -> Tensor:
-    """Return the (row, column) of every patch, (P, 2), in the order of `pixel_values`.
-
-    What the vision tower would work out picture by picture; equal pictures share one table.
+    `device`: where it will be trained; default: a GPU where there is one. `auto` looks again in
+    every call, so that a model on another device runs too. Raises ValueError for a backend that
+    is not there and for attention that plans do not express.
     """
-    grids: list[tuple[int, int, int]] = [tuple(grid) for grid in grids_I3.tolist()]
-    tables = {grid: _grid_positions(*grid, merge=merge) for grid in set(grids)}
-    return torch.cat([tables[grid] for grid in grids]).to(grids_I3.device)
+    family = family_of(model.config)
+    _refuse_unplanned(model.config.text_config)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    choice = choose_backend(backend, device=where, dtype=next(model.parameters()).dtype)
+    _announce(choice.name, choice.reason)
+    for name, registered in _ATTENTION_NAMES.items():
+        AttentionInterface.register(registered, partial(_text_attention, backend=name))
+    text = _ATTENTION_NAMES[backend]
+    model.set_attn_implementation({"text_config": text, "vision_config": "sdpa"})
+    visual = model.model.visual
+    for number, block in enumerate(visual.blocks):
+        block.attn.__class__ = _segment_class(family)
+        block.attn.backend = backend
+        block.attn.windowed = family.is_windowed(visual.config, number)
+    if family.has_deepstack:
+        model.model.language_model._deepstack_process = _add_at_rows
 
 
-def _grid_positions(time: int, height: int, width: int, *, merge: int) -> Tensor:
-    """Positions of one picture: the patches of one visual token are neighbours."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    blocks = (height // merge, merge, width // merge, merge)
-    ordered = [axis.reshape(blocks).transpose(1, 2).flatten() for axis in (rows, columns)]
-    return torch.stack(ordered, dim=-1).repeat(time, 1)
+def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None:
+    """Compile the decoder layers and vision blocks with torch.compile; attention stays as it is.
+
+    Names of parameters do not change. Lengths are symbols from the start: every pack has others.
+    """
+    from torch import _dynamo as dynamo  # a second to import, for those who compile
+
+    language, visual = model.model.language_model, model.model.visual
+    # Attention stays out: plans differ from pack to pack.
+    # One code object serves all layers: text, vision, windows or not, with and without gradients.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _COMPILED_KINDS)
+    eager: Any = torch.compiler.disable(segment_attention)  # type: ignore[no-untyped-call]
+    for attention in (*[x.self_attn for x in language.layers], *[x.attn for x in visual.blocks]):
+        attention.attend = eager
+    for layers in (language.layers, visual.blocks):
+        plain = type(layers[0]).forward.__wrapped__  # without transformers' own checkpointing
+        compiled = torch.compile(plain, backend=backend, dynamic=True)
+        for layer in layers:
+            layer.forward = partial(_run_compiled, layer, compiled)
+            # DeepSpeed reads it: ZeRO-3 gathers a layer's weights at once, ahead of the layer.
+            # Its hooks on every part would cut what is compiled into pieces of one operation.
+            layer._z3_leaf = True
+
+
+def _run_compiled(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer; its activations are checkpointed around what was compiled, never inside."""
+    run = partial(compiled, layer, **kwargs)
+    if layer.gradient_checkpointing and layer.training:
+        checkpoint: Any = layer._gradient_checkpointing_func
+        return checkpoint(run, *args)
+    return run(*args)
+
+
+def vision_inputs(layout: VisionLayout) -> dict[str, Any]:
+    """Return what a vision tower takes instead of working it out, by transformers' names."""
+    windows = layout.window_plan
+    inputs: dict[str, Any] = {
+        "position_ids": layout.positions,
+        "cu_seqlens": layout.plan.calls[0].cu_seqlens_q,  # unread, but worked out if not given
+        "segment_layout": layout,
+    }
+    if windows is not None:
+        inputs["window_index"] = layout.window_index
+        inputs["cu_window_seqlens"] = windows.calls[0].cu_seqlens_q
+    if layout.taps is not None:
+        inputs["interp_indices"] = layout.taps
+        inputs["interp_weights"] = layout.tap_weights
+    return inputs
+
+
+def _refuse_unplanned(text: PreTrainedConfig) -> None:
+    """Raise ValueError for what a text config asks of attention and plans do not express."""
+    windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    if getattr(text, "use_sliding_window", False) or windows:
+        key = "layer_types has sliding_attention" if windows else "use_sliding_window is true"
+        raise ValueError(
+            f"text_config.{key}: attention plans do not express sliding windows; set "
+            "use_sliding_window=false and full_attention in the model's config.json"
+        )
+    dropout = getattr(text, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"text_config.attention_dropout is {dropout}: segment attention has no dropout; set "
+            "attention_dropout=0.0 in the model's config.json"
+        )
+
+
+@cache  # said once, however many models a process loads
+def _announce(name: str, reason: str) -> None:
+    if rank() == 0:
+        log.info("attention backend %s: %s", name, reason)
 
 
 def _text_attention(
@@ -96,12 +176,18 @@ def _text_attention(
     segment_plan: AttentionPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention function in transformers' signature: q (1, H, T, K) -> (1, T, H, K)."""
-    if attention_mask is not None or dropout:
-        raise ValueError("segment attention takes neither an attention mask nor dropout")
-    out_THK = segment_attention(
+    if attention_mask is not None or dropout or sliding_window is not None:
+        raise ValueError(
+            "segment attention takes no attention mask, no dropout and no sliding window, found "
+            f"mask {None if attention_mask is None else tuple(attention_mask.shape)}, dropout "
+            f"{dropout}, window {sliding_window}"
+        )
+    attend = getattr(module, "attend", segment_attention)
+    out_THK = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -112,10 +198,18 @@ def _text_attention(
     return out_THK[None], None
 
 
-class SegmentVisionAttention(qwen2_vl.VisionAttention):  # type: ignore[misc]
-    """Qwen2-VL's vision attention with one segment call for all pictures, not one for each."""
+class SegmentVisionAttention(nn.Module):
+    """A vision tower's attention with one segment call for all pictures, not one for each.
+
+    Mixed into a family's own class, which has the parameters. `windowed`: it runs the window plan.
+    """
 
     backend: str
+    windowed: bool
+    num_heads: int
+    scaling: float
+    qkv: nn.Module
+    proj: nn.Module
 
     def forward(
         self,
@@ -125,64 +219,40 @@ class SegmentVisionAttention(qwen2_vl.VisionAttention):  # type: ignore[misc]
         max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Patches (P, D) -> (P, D), each picture within itself, as `segment_plan` says."""
+        """Patches (P, D) -> (P, D), each within its picture or window, as `segment_layout` says."""
         assert position_embeddings is not None
+        layout: VisionLayout = kwargs["segment_layout"]
+        plan = layout.window_plan if self.windowed else layout.plan
+        if plan is None:
+            raise ValueError("the vision tower has windows, the batch was laid out without them")
         patches = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(patches, 3, self.num_heads, -1).unbind(1)
-        q, k = qwen2_vl.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        out = segment_attention(
-            q, k, v, plan=kwargs["segment_plan"], backend=self.backend, scale=self.scaling
-        )
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        attend = getattr(self, "attend", segment_attention)
+        out: Tensor = attend(q, k, v, plan=plan, backend=self.backend, scale=self.scaling)
         projected: Tensor = self.proj(out.flatten(1))
         return projected
 
 
-def _random_model(
-    shape: RandomModelConfig, *, token_ids: dict[str, int], vocabulary_size: int
-) -> Qwen2VLForConditionalGeneration:
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": vocabulary_size,
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size,
-            "num_hidden_layers": shape.num_layers,
-            "num_attention_heads": shape.num_heads,
-            "num_key_value_heads": shape.num_key_value_heads,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": _mrope_section(shape.hidden_size // shape.num_heads),
-            },
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-        },
-        vision_config={
-            "depth": shape.vision_layers,
-            "embed_dim": shape.vision_width,
-            "hidden_size": shape.hidden_size,
-            "num_heads": shape.vision_heads,
-            "mlp_ratio": 3,
-            "patch_size": shape.patch_size,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-        tie_word_embeddings=True,
-        **{name: token_ids[token] for name, token in SPECIAL_TOKENS.items()},
-    )
-    return Qwen2VLForConditionalGeneration(config)
+@cache
+def _segment_class(family: Family) -> type[nn.Module]:
+    attention = family.vision_attention
+    return type(f"Segment{attention.__name__}", (SegmentVisionAttention, attention), {})
 
 
-def _mrope_section(head_width: int) -> list[int]:
-    """Split half a head's width over time, height and width as Qwen2-VL does: 1/4, 3/8, 3/8."""
-    half = head_width // 2
-    spatial = 3 * half // 8
-    return [half - 2 * spatial, spatial, spatial]
+def _add_at_rows(hidden_1TD: Tensor, rows_M: Tensor, features_ND: Tensor) -> Tensor:
+    """Add a vision block's features to the rows of the visual tokens, by index.
+
+    In place of Qwen3-VL's own, which takes a mask: to list its rows a GPU has to be waited for.
+    Features behind the first M are the filler's: weight zero, but in the graph on every rank.
+    """
+    used = len(rows_M)
+    features = features_ND.to(hidden_1TD.dtype)
+    added = hidden_1TD.index_add(1, rows_M, features[None, :used])
+    return added + 0.0 * features[used:].sum()
 
 
-def _grow_vocabulary(model: Qwen2VLForConditionalGeneration, vocabulary_size: int) -> None:
+def _grow_vocabulary(model: PreTrainedModel, vocabulary_size: int) -> None:
     """Released models have spare rows; only a vocabulary beyond them needs new ones."""
     if vocabulary_size > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(vocabulary_size)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput as TransformersOutput
 
 from cocoa_dist.batch import PackedBatch
-from cocoa_dist.model.backbone import patch_positions
+from cocoa_dist.model.backbone import vision_inputs
 from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, pool
 
 
@@ -32,7 +32,7 @@ class ModelOutput(TransformersOutput):  # type: ignore[misc]
 class EmbeddingModel(nn.Module):
     """A multimodal backbone with the heads of one stage."""
 
-    def __init__(self, backbone: Qwen2VLForConditionalGeneration, heads: HeadsConfig) -> None:
+    def __init__(self, backbone: PreTrainedModel, heads: HeadsConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = heads
@@ -51,12 +51,16 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
         """Run one pack. Collective under ZeRO-3: call on all ranks, equally often."""
-        language = self.core.language_model
-        hidden_TD = language(
-            inputs_embeds=self._embed(batch)[None],
+        visual = self.core.visual(
+            batch.pixel_values, grid_thw=batch.image_grid_thw, **vision_inputs(batch.vision)
+        )
+        features = getattr(visual, "deepstack_features", None)
+        hidden_TD = self.core.language_model(
+            inputs_embeds=self._embed(batch, visual.pooler_output)[None],
             position_ids=batch.position_ids[:, None],
             use_cache=False,
             segment_plan=batch.plan,
+            **_deepstack_inputs(features, batch.image_rows),
         ).last_hidden_state[0]
         return ModelOutput(
             logits_SV=self._logits(hidden_TD, batch) if self.heads.text_logits else None,
@@ -64,16 +68,9 @@ class EmbeddingModel(nn.Module):
             embeddings_ED=self._pooled(hidden_TD, batch) if self.heads.embeddings else None,
         )
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def _embed(self, batch: PackedBatch, visual_MD: Tensor) -> Tensor:
         """Token embeddings (T, D) with the visual tokens put in their rows."""
         tokens_TD: Tensor = self.core.language_model.embed_tokens(batch.input_ids)
-        visual = self.core.visual
-        visual_MD = visual(
-            batch.pixel_values.to(visual.get_dtype()),
-            grid_thw=batch.image_grid_thw,
-            position_ids=patch_positions(batch.image_grid_thw, merge=visual.spatial_merge_size),
-            segment_plan=batch.vision_plan,
-        ).pooler_output
         used = len(batch.image_rows)
         filled_TD = tokens_TD.index_copy(0, batch.image_rows, visual_MD[:used].to(tokens_TD.dtype))
         filler = 0.0 * visual_MD[used:].sum()  # it keeps its place in backward
@@ -99,3 +96,10 @@ class EmbeddingModel(nn.Module):
         return pool(
             hidden_TD, rows=batch.pool_rows, index=batch.pool_index, count=batch.num_embeddings
         )
+
+
+def _deepstack_inputs(features: list[Tensor] | None, rows_M: Tensor) -> dict[str, Any]:
+    """Return what a text model takes that adds visual features behind its first layers."""
+    if not features:
+        return {}
+    return {"visual_pos_masks": rows_M, "deepstack_visual_embeds": features}

@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,7 +59,8 @@ def pool(hidden_TD: Tensor, *, rows: Tensor, index: Tensor, count: int) -> Tenso
     """
     picked = hidden_TD.index_select(0, rows).float()
     if len(rows) != count:
-        size = torch.bincount(index, minlength=count).clamp(min=1)
+        # Not bincount: it makes the host wait for a GPU.
+        size = picked.new_zeros(count).index_add(0, index, picked.new_ones(len(index)))
         total = picked.new_zeros(count, picked.shape[1]).index_add(0, index, picked)
-        picked = total / size[:, None]
+        picked = total / size.clamp(min=1)[:, None]
     return F.normalize(picked, dim=-1)

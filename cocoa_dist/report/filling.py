@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 
 from cocoa_dist.config import ReconstructionConfig, RunConfig
 from cocoa_dist.data.corruption import CorruptedSample, corrupt
+from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels
-from cocoa_dist.data.packing import CLIP_MEAN, CLIP_STD, build_pack, patchify
+from cocoa_dist.data.packing import build_pack, patchify
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.samples import (
-    ImageGeometry,
     ViewSettings,
     draw_for,
     view_samples,
@@ -259,8 +259,8 @@ def rebuild_picture(
 ) -> Rebuilt:
     """Put predicted visual tokens (R, C') into the places that `mask` (tokens,) hid.
 
-    Predictions are in CLIP's normalised units. `normalised`: per-patch normalised ones, which get
-    the true patch's mean and spread back, since the model was never asked for these.
+    Predictions are in the model's normalised units. `normalised`: per-patch normalised ones, which
+    get the true patch's mean and spread back, since the model was never asked for these.
     """
     size, merge = geometry.patch_size, geometry.merge
     patches = predicted.reshape(len(predicted), merge * merge, 3 * size * size)
@@ -272,7 +272,7 @@ def rebuild_picture(
         patches = patches * spread + true.mean(axis=2, keepdims=True)
     values = patches.reshape(-1, merge, merge, 3, size, size).transpose(0, 1, 4, 2, 5, 3)
     blocks = values.reshape(-1, geometry.factor, geometry.factor, 3)
-    scaled = (blocks * np.array(CLIP_STD) + np.array(CLIP_MEAN)) * 255.0
+    scaled = (blocks * np.array(geometry.std) + np.array(geometry.mean)) * 255.0
     pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     rebuilt = np.array(image)
     hidden = np.zeros(image.shape[:2], dtype=np.bool_)

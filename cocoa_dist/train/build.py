@@ -6,6 +6,7 @@ stage. The optimizer always starts new.
 
 import hashlib
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from cocoa_dist import __version__, manifest
 from cocoa_dist.config import (
@@ -25,11 +26,13 @@ from cocoa_dist.config import (
     StageConfig,
     resolve_path,
 )
-from cocoa_dist.data.samples import ImageGeometry, Vocabulary
+from cocoa_dist.data.geometry import ImageGeometry
+from cocoa_dist.data.samples import Vocabulary
 from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.model.adapter import add_adapter
-from cocoa_dist.model.backbone import SPECIAL_TOKENS, load_backbone
+from cocoa_dist.model.backbone import load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
+from cocoa_dist.model.families import SPECIAL_TOKENS, family_of
 from cocoa_dist.objectives.base import Objective
 from cocoa_dist.objectives.contrastive import Contrastive
 from cocoa_dist.objectives.reconstruction import Reconstruction
@@ -81,7 +84,7 @@ def load_vocabulary(config: ModelConfig) -> Vocabulary:
 
 
 def special_token_ids(config: ModelConfig) -> dict[str, int]:
-    """Return the ids of Qwen2-VL's special tokens, for models made from random weights."""
+    """Return the ids of the special tokens, for models made from random weights."""
     tokenizer = Tokenizer.from_file(str(tokenizer_folder(config) / "tokenizer.json"))
     found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS.values()}
     ids = {token: number for token, number in found.items() if number is not None}
@@ -91,13 +94,17 @@ def special_token_ids(config: ModelConfig) -> dict[str, int]:
     return ids
 
 
-def image_geometry(backbone: Qwen2VLForConditionalGeneration) -> ImageGeometry:
-    """Return how the backbone cuts pictures."""
-    vision = backbone.config.vision_config
+def image_geometry(backbone: PreTrainedModel) -> ImageGeometry:
+    """Return how the backbone cuts pictures and what its vision tower needs to know of them."""
+    family, vision = family_of(backbone.config), backbone.config.vision_config
     return ImageGeometry(
         patch_size=vision.patch_size,
         merge=vision.spatial_merge_size,
         temporal=vision.temporal_patch_size,
+        mean=family.mean,
+        std=family.std,
+        window=family.window_side(vision),
+        position_side=family.position_side(vision),
     )
 
 
@@ -136,14 +143,20 @@ def load_weights(model: EmbeddingModel, path: Path) -> None:
                 wanted[name].copy_(value)
 
 
-def base_model_digest(config: RunConfig) -> str:
-    """Return what identifies the weights a run starts from: sha256 (hex) over their files."""
+def base_model_digest(
+    config: RunConfig, *, hash_files: Callable[[Sequence[Path]], list[str]] | None = None
+) -> str:
+    """Return what identifies the weights a run starts from: sha256 (hex) over their files.
+
+    `hash_files` returns the sha256 (hex) of each file; by default this process reads them all.
+    """
     digest = hashlib.sha256()
     if config.model.random is not None:
         digest.update(f"{config.seed} {config.model.random.model_dump_json()}".encode())
         return f"random-{digest.hexdigest()}"
-    for path in sorted(resolve_path(str(config.model.path)).glob("*.safetensors")):
-        digest.update(manifest.sha256_file(path).encode())
+    paths = sorted(resolve_path(str(config.model.path)).glob("*.safetensors"))
+    for text in hash_files(paths) if hash_files else map(manifest.sha256_file, paths):
+        digest.update(text.encode())
     return digest.hexdigest()
 
 
@@ -164,6 +177,6 @@ def _load_stage_end(model: EmbeddingModel, stage: str, *, run_dir: Path | None) 
         raise ValueError(
             f"the stage starts from stage '{stage}': give the --run-dir of a run that finished it"
         )
-    folder, _ = manifest.stage_end(run_dir, stage=stage)
+    folder, _ = manifest.stage_end(run_dir, stage=stage, only=(WEIGHTS_NAME,))
     load_weights(model, folder / WEIGHTS_NAME)
     return str(folder.relative_to(run_dir))

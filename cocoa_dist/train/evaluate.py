@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from cocoa_dist.config import FROM_MODEL, RunConfig, SourceConfig, StageConfig, resolve_path
 from cocoa_dist.data.corruption import uncorrupted
+from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels
 from cocoa_dist.data.packing import EmbeddingInfo, build_pack
 from cocoa_dist.data.records import Record, side_texts
 from cocoa_dist.data.samples import (
-    ImageGeometry,
     Sample,
     ViewSettings,
     Vocabulary,

@@ -182,7 +182,7 @@ def test_attention_keeps_samples_and_pictures_apart() -> None:
     expected = torch.block_diag(*[torch.ones(size, size) for size in sizes]).bool()
     assert torch.equal(batch.plan.visibility(), expected)
     pictures = torch.block_diag(*[torch.ones(size, size) for size in (16, 12, 16, 4)]).bool()
-    assert torch.equal(batch.vision_plan.visibility(), pictures)
+    assert torch.equal(batch.vision.plan.visibility(), pictures)
 
 
 def test_labels_are_the_clean_tokens_behind_their_rows_in_one_sample() -> None:
