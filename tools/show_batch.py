@@ -7,6 +7,16 @@ r"""Look at what a step trains on: texts, pictures, roles, labels and the attent
 
 With a checkpoint's folder it shows the exact batch that comes after it. The step is packed as for
 one process; its records, and what is hidden of them, are the same on any number.
+
+Without a recipe it draws a rule over a pack of segments, C (context), B (bridge) and T (target),
+with `|` between samples; `--rule all` draws every rule and option side by side:
+
+    python tools/show_batch.py --rule eos_bridged --option target_causal=true \
+        --pack "C6 B1 T4 | C3 B1 T5" --png mask.png
+    python tools/show_batch.py --rule all --pack "C6 B2 T4 | C3 B2 T4" --png rules.png
+
+Masks are drawn from the plan that the kernels run. Where a pack has more tokens than fit, a cell
+stands for several and shows the share of visible pairs; the picture then says so.
 """
 
 import argparse
@@ -14,32 +24,39 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # works in a checkout that is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works in a checkout that is not installed
+
+from mask_pictures import Picture, draw, parse_pack, text_lines  # noqa: E402
 
 from cocoa_dist.config import RunConfig, load_recipe  # noqa: E402
 from cocoa_dist.manifest import read_manifest  # noqa: E402
+from cocoa_dist.segments import Segment, attention_rule  # noqa: E402
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
+    from cocoa_dist.attention import AttentionPlan
     from cocoa_dist.batch import PackedBatch, StepBatch
+    from cocoa_dist.data.geometry import ImageGeometry
     from cocoa_dist.data.order import Slot
-    from cocoa_dist.data.samples import ImageGeometry, Sample, Vocabulary
+    from cocoa_dist.data.samples import Sample, Vocabulary
     from cocoa_dist.data.shards import ShardReader
 
-ROLE_LETTERS = {"CONTEXT": "c", "BRIDGE": "b", "TARGET": "t"}
-ROLE_COLOURS = {"CONTEXT": "#6b97bf", "BRIDGE": "#d98f2e", "TARGET": "#6fa878"}
-UNSEEN_COLOUR = "#f1ede7"
-MAX_MASK_TOKENS = 72  # wider masks do not fit a terminal; --png draws them
-MAX_LABELLED_TOKENS = 60  # of a drawing
+ALL_RULES: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("bidirectional", {}),
+    ("causal", {}),
+    ("compression", {}),
+    *(
+        ("eos_bridged", {"bridge_sees_target": seen, "target_causal": causal})
+        for seen, causal in itertools.product((True, False), (False, True))
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +73,9 @@ class Row:
         """Behind its last token in the pack."""
         return self.start + len(self.sample.input_ids)
 
-    def roles(self) -> list[str]:
-        """Name of the role of each token."""
-        return [s.role.name for s in self.sample.segments for _ in range(s.stop - s.start)]
+    def segments(self, offset: int) -> list[Segment]:
+        """Return its segments, moved so that the sample begins at `offset`."""
+        return [Segment(s.start + offset, s.stop + offset, s.role) for s in self.sample.segments]
 
 
 @dataclass(frozen=True)
@@ -79,22 +96,55 @@ class Shown:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the batch; returns the exit code (2 for bad input)."""
-    arguments = _parser().parse_args(argv)
+    """Print the batch, or a rule; returns the exit code (2 for bad input)."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches one, and says so
     try:
-        config = load_recipe(arguments.recipe, arguments.overrides)
-        state = _checkpoint_state(arguments.manifest, arguments.stage)
-        step = int(state["next_step"]) if state else arguments.step
-        shown = load_step(config, arguments.stage, step=step, state=state)
-        print("\n".join(describe(shown, num_samples=arguments.samples)))
+        _check_arguments(arguments)
+        if arguments.rule is not None:
+            show_rules(arguments)
+        else:
+            show_step(arguments)
         if arguments.png is not None:
-            draw_mask(shown, arguments.png, num_samples=arguments.samples)
             print(f"\nmask drawn in {arguments.png}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def show_step(arguments: argparse.Namespace) -> None:
+    """Print one step of a recipe, and draw its mask with --png."""
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    state = _checkpoint_state(arguments.manifest, arguments.stage)
+    step = int(state["next_step"]) if state else arguments.step
+    shown = load_step(config, arguments.stage, step=step, state=state)
+    print("\n".join(describe(shown, num_samples=arguments.samples)))
+    if arguments.png is not None:
+        draw_mask(shown, arguments.png, num_samples=arguments.samples)
+
+
+def show_rules(arguments: argparse.Namespace) -> None:
+    """Print --rule over --pack, and draw it with --png."""
+    from cocoa_dist.attention import compile_plan
+
+    samples = parse_pack(arguments.pack)
+    options = _options(arguments.option)
+    asked = ALL_RULES if arguments.rule == "all" else ((arguments.rule, options),)
+    pictures = []
+    for name, chosen in asked:
+        plan = compile_plan(samples, attention_rule(name, **chosen))
+        share = 100 * plan.visible_area / plan.num_tokens**2
+        words = ", ".join(f"{key}={str(value).lower()}" for key, value in chosen.items())
+        about = f"{words}{', ' if words else ''}{share:.0f} % of all pairs"
+        pictures.append(Picture(name, about, plan, samples))
+        print(f"{name} {words}".rstrip())
+        print(f"  pack        {arguments.pack}: {plan.num_tokens} tokens, {len(samples)} samples")
+        print(f"  visible     {plan.visible_area} of {plan.num_tokens**2} pairs, {share:.1f} %")
+        print("\n".join(text_lines(plan, samples)), end="\n\n")
+    if arguments.png is not None:
+        draw(pictures, arguments.png, columns=min(4, len(pictures)))
 
 
 def load_step(
@@ -220,10 +270,9 @@ def describe(shown: Shown, *, num_samples: int) -> list[str]:
         f"{pack.plan.visible_area} visible pairs",
         *(f"  left out  {fault}" for fault in batch.bad_records),
     ]
-    visible_TT = pack.plan.visibility().numpy()
     for number, row in enumerate(shown.rows[:num_samples], start=1):
         lines += ["", *_sample_lines(shown, row, number)]
-        lines += _mask_lines(visible_TT[row.start : row.stop, row.start : row.stop], row.roles())
+        lines += text_lines(*_part(shown, [row]))
     return lines
 
 
@@ -251,59 +300,34 @@ def _sample_lines(shown: Shown, row: Row, number: int) -> list[str]:
     return lines
 
 
-def _mask_lines(visible_TT: "NDArray[np.bool_]", roles: Sequence[str]) -> list[str]:
-    """Draw who sees whom: the letter of the role that is seen, a dot for what is not."""
-    if len(roles) > MAX_MASK_TOKENS:
-        return [f"  mask      {len(roles)} tokens are too many to print; use --png"]
-    letters = "".join(ROLE_LETTERS[role] for role in roles)
-    lines = [f"  mask        {letters}   a row sees: c context, b bridge, t target"]
-    for row, letter in zip(visible_TT, letters, strict=True):
-        seen = "".join(of if sees else "." for sees, of in zip(row, letters, strict=True))
-        lines.append(f"            {letter} {seen}")
-    return lines
-
-
 def draw_mask(shown: Shown, path: Path, *, num_samples: int) -> None:
     """Draw the mask of the first samples of the pack as a PNG, coloured by the role seen."""
-    import matplotlib as mpl
-    import numpy as np
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
     rows = shown.rows[:num_samples]
-    stop = rows[-1].stop
-    roles = [role for row in rows for role in row.roles()]
-    numbers = np.array([list(ROLE_COLOURS).index(role) + 1 for role in roles])
-    visible_TT = shown.pack.plan.visibility().numpy()[:stop, :stop]
-    side = min(4.0 + 0.16 * stop, 16.0)
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
-    colours = ListedColormap([UNSEEN_COLOUR, *ROLE_COLOURS.values()])
-    axes.imshow(visible_TT * numbers[None, :], cmap=colours, vmin=0, vmax=3, interpolation="none")
-    axes.set_title(f"{shown.config.name}, {shown.stage}, step {shown.batch.step}", loc="left")
-    axes.set_xlabel("is seen")
-    axes.set_ylabel("sees")
-    if stop <= MAX_LABELLED_TOKENS:
-        words = [_word(shown, int(token)) for token in shown.pack.input_ids[:stop]]
-        axes.set_xticks(range(stop), words, rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(stop), words, fontsize=7, parse_math=False)
-        lines = np.arange(stop + 1) - 0.5
-        axes.set_xticks(lines, minor=True)
-        axes.set_yticks(lines, minor=True)
-        axes.grid(which="minor", color="white", linewidth=0.8)
-        axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    used = [name for name in ROLE_COLOURS if name in roles]
-    handles = [Patch(color=ROLE_COLOURS[name], label=name.lower()) for name in used]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ValueError(f"--png {path} cannot be written: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    plan, samples = _part(shown, rows)
+    ids = shown.pack.input_ids[: rows[-1].stop].tolist()
+    words = tuple(_word(shown, int(token)) for token in ids)
+    title = f"{shown.config.name}, {shown.stage}, step {shown.batch.step}"
+    rule = shown.config.stages[shown.stage].attention
+    about = f"{rule.rule}, samples 1 to {len(rows)} of {len(shown.rows)} in pack 1"
+    draw([Picture(title, about, plan, samples, words)], path)
+
+
+def _part(shown: Shown, rows: Sequence[Row]) -> tuple["AttentionPlan", list[list[Segment]]]:
+    """Return the plan of the pack cut down to samples that follow each other, and their segments.
+
+    Taken from the pack's own plan, not compiled anew: what is drawn is what the kernels run.
+    """
+    first, last = rows[0].start, rows[-1].stop
+    plan = shown.pack.plan
+    lo, hi = (bound[:, first:last] - first for bound in (plan.lo, plan.hi))
+    empty = plan.lo[:, first:last] >= plan.hi[:, first:last]
+    part = replace(
+        plan,
+        num_tokens=last - first,
+        lo=lo.masked_fill(empty, 0),
+        hi=hi.masked_fill(empty, 0),
+    )
+    return part, [row.segments(row.start - first) for row in rows]
 
 
 def _text(shown: Shown, ids: Sequence[int]) -> str:
@@ -337,18 +361,50 @@ def _checkpoint_state(folder: Path | None, stage: str) -> dict[str, Any] | None:
     return manifest.data_state
 
 
+def _options(words: Sequence[str]) -> dict[str, bool]:
+    """Read `name=true`. Raises ValueError for anything else."""
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"--option {word}: expected NAME=true or NAME=false")
+        found[name] = value.lower() == "true"
+    return found
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for a mixture of the two ways to use the tool."""
+    if arguments.samples < 1:
+        raise ValueError(f"--samples is {arguments.samples}, expected at least 1")
+    if arguments.rule is None:
+        if arguments.recipe is None or arguments.stage is None:
+            raise ValueError("needed: a recipe with --stage, or --rule with --pack (see --help)")
+        if arguments.pack or arguments.option:
+            raise ValueError("--pack and --option belong to --rule; a recipe has its own")
+        return
+    if arguments.recipe is not None or arguments.stage is not None:
+        raise ValueError("--rule draws without data: leave out the recipe and --stage")
+    if not arguments.pack:
+        raise ValueError('--rule needs a --pack to draw it over, such as "C6 B1 T4 | C3 B1 T5"')
+    if arguments.rule == "all" and arguments.option:
+        raise ValueError("--rule all draws every option; leave out --option")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="name of a recipe, or path of a .yaml file")
+    parser.add_argument("recipe", nargs="?", help="name of a recipe, or path of a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="change the recipe")
-    parser.add_argument("--stage", required=True, help="which stage of the recipe")
+    parser.add_argument("--stage", help="which stage of the recipe")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, default=1, help="step of the stage (default 1)")
     which.add_argument("--manifest", type=Path, help="checkpoint folder: show what comes next")
     parser.add_argument("--samples", type=int, default=3, help="how many samples (default 3)")
-    parser.add_argument("--png", type=Path, help="draw the mask of these samples there")
+    parser.add_argument("--rule", help="draw this rule, or all, over --pack instead of a batch")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=true|false")
+    parser.add_argument("--pack", metavar="'C6 B1 T4 | ...'", help="segments for --rule")
+    parser.add_argument("--png", type=Path, help="draw the mask there")
     return parser
 
 
