@@ -11,20 +11,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cocoa_dist.attention.plan import AttentionPlan
+from cocoa_dist.attention.plan import AttentionPlan, moved_to
 
 _Value = TypeVar("_Value", "VisionLayout", "PackedBatch")
+_ROWS_AND_VALUES = (
+    ("label_rows", "labels"),
+    ("patch_rows", "patch_targets"),
+    ("pool_rows", "pool_index"),
+)
 
 
 @dataclass(frozen=True)
 class VisionLayout:
     """Where the P patches of a pack lie: all that the vision tower would work out by itself.
 
-    What a model family has no use for is None. Built by `data/geometry.py`.
+    What a model family has no use for is None. Built by `data/vision_layout.py`.
     """
 
     positions: Tensor  # (P, 2) int64: row and column of each patch in its picture
-    plan: AttentionPlan  # over the P patches: each picture sees itself; also in window order
+    plan: AttentionPlan  # over the P patches: each frame sees itself; also in window order
     window_plan: AttentionPlan | None = None  # over the P patches in window order
     window_index: Tensor | None = None  # (P / merge^2,) int64: visual tokens in window order
     taps: Tensor | None = None  # (P, 4) int64: learned positions that a patch mixes
@@ -49,7 +54,7 @@ class VisionLayout:
 
     def to(self, device: torch.device | str) -> "VisionLayout":
         """Return the layout with its tensors on `device`."""
-        return _map_tensors(self, lambda part: part.to(device))
+        return _map_tensors(self, lambda part: _part_to(part, device))
 
     def pin_memory(self) -> "VisionLayout":
         """Return the layout in page-locked memory, so that `to` does not wait."""
@@ -96,7 +101,7 @@ class PackedBatch:
             )
         if self.vision.plan.num_tokens != patches:
             raise ValueError(f"{patches} patches, a layout for {self.vision.plan.num_tokens}")
-        for rows, values in (("label_rows", "labels"), ("patch_rows", "patch_targets")):
+        for rows, values in _ROWS_AND_VALUES:
             left, right = len(getattr(self, rows)), len(getattr(self, values))
             if left != right:
                 raise ValueError(f"{left} {rows}, but {right} {values}")
@@ -121,15 +126,7 @@ class PackedBatch:
         """
         if self.input_ids.device == torch.device(device):
             return self
-        to_gpu = torch.device(device).type == "cuda"
-        return _map_tensors(
-            self,
-            lambda part: (
-                part.to(device, non_blocking=to_gpu)
-                if isinstance(part, Tensor)
-                else part.to(device)
-            ),
-        )
+        return _map_tensors(self, lambda part: _part_to(part, device))
 
     def pin_memory(self) -> "PackedBatch":
         """Return the batch in page-locked memory, so that `to` does not wait."""
@@ -152,6 +149,10 @@ class StepBatch:
     num_truncated: int  # texts that were cut
     bad_records: tuple[str, ...]  # `dataset row key: reason` of records that could not be used
     cpu_seconds: float  # CPU time it took to make, where a worker process made it
+
+
+def _part_to(part: Any, device: torch.device | str) -> Any:
+    return moved_to(part, device) if isinstance(part, Tensor) else part.to(device)
 
 
 def _map_tensors(value: _Value, change: Callable[[Any], Any]) -> _Value:

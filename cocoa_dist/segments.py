@@ -41,6 +41,9 @@ class View:
     causal: frozenset[Role] = frozenset()
 
     def __post_init__(self) -> None:
+        # plans keep views as keys: a set or a list of roles is as good as a frozenset
+        object.__setattr__(self, "full", frozenset(self.full))
+        object.__setattr__(self, "causal", frozenset(self.causal))
         both = self.full & self.causal
         if both:
             names = ", ".join(sorted(role.name for role in both))
@@ -138,6 +141,11 @@ def check_segments(samples: Sequence[Sequence[Segment]]) -> int:
     if flat[0].start != 0:
         raise ValueError(f"the first segment starts at {flat[0].start}, expected 0")
     for segment in flat:
+        if segment.role not in _ALL:
+            raise ValueError(
+                f"segment [{segment.start}, {segment.stop}) has role {segment.role!r}, expected "
+                f"one of {', '.join(role.name for role in Role)}"
+            )
         if segment.stop <= segment.start:
             raise ValueError(
                 f"empty segment [{segment.start}, {segment.stop}) {segment.role.name}: leave it out"

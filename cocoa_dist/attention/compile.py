@@ -18,7 +18,7 @@ from cocoa_dist.attention.gather import Index, RowGather
 from cocoa_dist.attention.plan import INT32_MAX, AttentionPlan, PlanCall, expand_ranges
 from cocoa_dist.segments import AttentionRule, Role, Segment, View, check_segments
 
-_CACHED_PATTERNS = 16384
+_CACHED_PATTERNS = 1024  # orders of roles; a sample of many segments takes O(segments^2)
 
 Views = tuple[View, ...]  # in the order of Role
 Ranges = tuple[tuple[int, int], ...]  # half-open, in segments of the sample

@@ -23,6 +23,7 @@ _MODULES: Mapping[str, ModuleType] = MappingProxyType(
 )
 BACKENDS = tuple(_MODULES)
 _FORWARD_ANYWHERE = ("flex",)  # runs without gradients where it cannot train
+_WIDTH_STEPS = MappingProxyType({"varlen": 8, "flash_attn_4": 8})  # flash_attn pads by itself
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ def segment_attention(
     """
     _check(q_THK, k_TGK, v_TGK, plan)
     chosen = _choose(backend, q_THK.device, q_THK.dtype)
+    step = _WIDTH_STEPS.get(chosen.name, 1)
+    if q_THK.shape[2] % step:
+        raise ValueError(
+            f"attention backend '{chosen.name}' takes heads whose width is a multiple of {step}, "
+            f"found {q_THK.shape[2]}: set model.attention_backend=flex or split"
+        )
     out_THK: Tensor = _MODULES[chosen.name].run(q_THK, k_TGK, v_TGK, plan, scale)
     return out_THK
 
@@ -115,7 +122,13 @@ def _check(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan) -> 
         raise ValueError(
             f"the plan is for {plan.num_tokens} tokens, q has {tokens}, k has {k_TGK.shape[0]}"
         )
-    if not k_TGK.shape[1] or heads % k_TGK.shape[1] or width != k_TGK.shape[2]:
+    if (
+        not heads
+        or not width
+        or not k_TGK.shape[1]
+        or heads % k_TGK.shape[1]
+        or width != k_TGK.shape[2]
+    ):
         raise ValueError(
             f"{heads} query heads of width {width} do not fit {k_TGK.shape[1]} key heads of "
             f"width {k_TGK.shape[2]}"

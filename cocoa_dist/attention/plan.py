@@ -144,7 +144,7 @@ class AttentionPlan:
     def buckets(self) -> Buckets:
         """The problems grouped by shape; worked out on the host."""
         if self.host is not None:
-            return self.host.buckets.map(lambda t: t.to(self.device, non_blocking=True))
+            return self.host.buckets.map(lambda tensor: moved_to(tensor, self.device))
         with torch.inference_mode(False):  # a plan first used in evaluation may be trained with
             return _buckets(self)
 
@@ -158,7 +158,7 @@ class AttentionPlan:
         """Return the plan with its tensors on `device`; the host numbers stay."""
         if self.device == torch.device(device):
             return self
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._map(lambda tensor: moved_to(tensor, device))
         return replace(moved, host=self.host or self)
 
     def pin_memory(self) -> "AttentionPlan":
@@ -174,6 +174,14 @@ class AttentionPlan:
             lo=move(self.lo),
             hi=move(self.hi),
         )
+
+
+def moved_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on `device`. Only copies to a GPU run beside the host's work.
+
+    Back to the host they would too, and leave memory that is read before it is written.
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def _moved(gather: RowGather | None, move: Callable[[Tensor], Tensor]) -> RowGather | None:

@@ -20,7 +20,7 @@ from cocoa_dist.data.geometry import Grid, ImageGeometry
 from cocoa_dist.segments import Role, Segment, attention_rule
 
 _KEPT_LAYOUTS = 32  # pictures of one size give the same layout in every step
-_KEPT_SIZES = 4096
+_KEPT_SIZES = 256  # of one picture each: up to 64 bytes a patch, in every loader process
 _EACH_ALONE = attention_rule("bidirectional")
 
 
@@ -41,7 +41,7 @@ def vision_layout(grids: tuple[Grid, ...], geometry: ImageGeometry) -> VisionLay
     windows = [_windows(grid, geometry) for grid in grids] if geometry.window else []
     return VisionLayout(
         positions=torch.from_numpy(np.concatenate([_positions(grid, merge) for grid in grids])),
-        plan=_plan([time * high * wide for time, high, wide in grids]),
+        plan=_plan([high * wide for time, high, wide in grids for _ in range(time)]),
         window_plan=_plan(chain.from_iterable(w.lengths for w in windows)) if windows else None,
         window_index=_window_index(windows) if windows else None,
         taps=torch.from_numpy(np.concatenate([t.index for t in taps])) if taps else None,

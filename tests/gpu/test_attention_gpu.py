@@ -17,6 +17,8 @@ from torch import Tensor
 from cocoa_dist.attention import AttentionPlan, choose_backend, compile_plan, segment_attention
 from cocoa_dist.attention.backends import varlen
 from cocoa_dist.attention.kernels import BACKENDS
+from cocoa_dist.data.geometry import ImageGeometry
+from cocoa_dist.data.vision_layout import vision_layout
 from cocoa_dist.segments import AttentionRule, Role, Segment, attention_rule, dense_visibility
 
 C, B, T = Role.CONTEXT, Role.BRIDGE, Role.TARGET
@@ -352,6 +354,37 @@ def test_attention_moves_a_plan_once_and_uses_it_again(where: Where) -> None:
         segment_attention(*inputs[:3], plan=moved, backend=where.backend)
     numbers = run(inputs, moved, where.backend)
     assert all(tensor.isfinite().all() for tensor in numbers)
+
+
+@pytest.mark.parametrize("heads", [HEADS["vision, 16 of 72"], HEADS["vision, 16 of 80"]], ids=str)
+@everywhere
+def test_attention_kernel_takes_views_of_one_projection(
+    where: Where, heads: tuple[int, int, int]
+) -> None:
+    # As in a vision tower: one call takes all rows in order, so nothing is gathered before it
+    plan = compile_plan(PACK, RULES["bidirectional"]).to(where.device)
+    inputs = random_inputs(plan.num_tokens, heads, where)
+    expected = run(inputs, plan, where.backend)
+    joined = torch.stack(inputs[:3], dim=1).requires_grad_()
+    out = segment_attention(*joined.unbind(1), plan=plan, backend=where.backend)
+    (gradient,) = torch.autograd.grad(out, joined, inputs.slope)
+    errors = distances(Numbers(out.detach(), *gradient.unbind(1)), expected)
+    assert max(errors.values()) <= torch.finfo(where.dtype).eps, errors
+
+
+@pytest.mark.gpu
+def test_layout_of_pictures_moves_without_waiting_and_comes_back_whole() -> None:
+    grids = ((1, 26, 4), (2, 6, 4), (1, 64, 64))
+    layout = vision_layout(grids, ImageGeometry(patch_size=14, window=4, position_side=48))
+    pinned = layout.pin_memory()
+    with no_synchronisation("cuda"):
+        moved = pinned.to("cuda")
+    assert torch.equal(moved.positions.cpu(), layout.positions)
+    torch.cuda._sleep(10**8)  # type: ignore[no-untyped-call]
+    back = moved.to("cpu")  # the copy waits for the card, or reads what is not written yet
+    for name in ("positions", "window_index", "taps", "tap_weights"):
+        assert torch.equal(getattr(back, name), getattr(layout, name))
+    assert torch.equal(back.plan.hi, layout.plan.hi)
 
 
 @pytest.mark.gpu

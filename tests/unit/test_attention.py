@@ -217,6 +217,22 @@ def test_plan_moves_with_all_its_tensors() -> None:
     assert [call.lengths_k for call in moved.calls] == [call.lengths_k for call in plan.calls]
 
 
+def test_plan_comes_back_to_the_host_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = compile_plan(seeded_pack(2), attention_rule("compression")).to("meta")
+    moves = []
+
+    def noted(tensor: torch.Tensor, device: str, *, non_blocking: bool = False) -> torch.Tensor:
+        moves.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    moved.to("cpu")
+    assert moves
+    assert not any(moves)
+    moved.to("cuda")
+    assert moves[-1]
+
+
 @pytest.mark.parametrize("backend", ["dense", "split"])
 def test_plan_first_used_in_inference_can_be_trained_with(backend: str) -> None:
     for case in RULE_CASES:

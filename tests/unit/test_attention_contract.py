@@ -107,6 +107,15 @@ def varlen_of_before(
     )  # fmt: skip
 
 
+def varlen_at_first(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):
+    """varlen_attn without a scale of one's own."""
+    return varlen_of_before(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=is_causal
+    )  # fmt: skip
+
+
 def flash_2(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
@@ -155,6 +164,7 @@ class Counted:
 KERNELS = {
     "varlen": (varlen, varlen_of_today),
     "varlen of before": (varlen, varlen_of_before),
+    "varlen at first": (varlen, varlen_at_first),
     "flash_attn 2": (flash_attn, flash_2),
     "flash_attn 3": (flash_attn, flash_3),
     "flash_attn_4": (flash_attn_4, flash_4),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ def plan_of(num_tokens: int) -> AttentionPlan:
         (((4, 2, 8), (4, 0, 8), (4, 0, 8)), "2 query heads of width 8 do not fit 0 key heads"),
         (((4, 4, 8), (4, 2, 6), (4, 2, 6)), "width 8 do not fit 2 key heads of width 6"),
         (((4, 4, 8), (4, 2, 8), (4, 4, 8)), r"expected q .* found \(4, 4, 8\), \(4, 2, 8\), \(4"),
+        (((4, 0, 8), (4, 2, 8), (4, 2, 8)), "0 query heads of width 8 do not fit 2 key heads"),
+        (((4, 2, 0), (4, 2, 0), (4, 2, 0)), "2 query heads of width 0 do not fit 2 key heads"),
         (((4, 4), (4, 2), (4, 2)), r"expected q \(T, H, K\) .* found \(4, 4\)"),
         (((1, 4, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), r"expected q .* found \(1, 4, 4, 8\)"),
     ],
@@ -207,6 +210,28 @@ def test_attention_flash_3_alone_off_hopper_names_the_package(
     monkeypatch.setattr(flash_attn, "_flash_3", lambda: object())
     with pytest.raises(ValueError, match="needs a Hopper card: install flash-attn"):
         choose_backend("flash_attn", device=CUDA, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("module", ["flash_attn", "flash_attn_interface"])
+def test_attention_package_built_for_another_torch_is_as_good_as_none(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{module}.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    assert flash_attn._function(module) is None
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn_4"])
+def test_attention_refuses_a_width_that_kernels_do_not_take(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        kernels_module, "_choose", lambda *_: kernels_module.BackendChoice(backend, "")
+    )
+    q = torch.zeros(4, 2, 12)
+    with pytest.raises(ValueError, match=f"'{backend}' takes heads .* multiple of 8, found 12"):
+        segment_attention(q, q, q, plan=plan_of(4), backend=backend)
 
 
 def test_attention_backend_that_is_unknown_is_answered_with_the_known_ones() -> None:

@@ -58,6 +58,8 @@ def test_layout_is_what_transformers_would_work_out(window, side):
     found = vision_layout(GRIDS, geometry)
     grids = torch.tensor(GRIDS)
     assert torch.equal(found.positions, vision_utils.get_vision_position_ids(grids, 2))
+    frames = found.plan.calls[0].cu_seqlens_q
+    assert torch.equal(frames, vision_utils.get_vision_cu_seqlens(grids))
     index, lengths = vision_utils.get_vision_window_index(
         grids, spatial_merge_size=2, window_size=window * 2 * PATCH, patch_size=PATCH
     )
@@ -91,6 +93,23 @@ def test_tower_needs_nothing_but_the_layout(vocabulary, name, monkeypatch):
             pack.pixel_values, grid_thw=pack.image_grid_thw, **vision_inputs(pack.vision)
         )
     torch.testing.assert_close(given.pooler_output, alone.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+def test_layout_goes_to_a_gpu_without_waiting_and_comes_back_with_waiting(monkeypatch):
+    moves = []
+
+    def noted(tensor, device, *, non_blocking=False):
+        moves.append((str(device), non_blocking))
+        return tensor.new_empty(tensor.shape, device="meta")
+
+    whole = vision_layout(GRIDS, ImageGeometry(patch_size=PATCH, window=2, position_side=4))
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    there = whole.to("cuda")
+    assert set(moves) == {("cuda", True)}
+    assert len(moves) >= 4 + 2 * 4  # its own tensors, and those of two plans
+    moves.clear()
+    there.to("cpu")
+    assert set(moves) == {("cpu", False)}, "read before it is written"
 
 
 def test_equal_pictures_share_one_layout():

@@ -1,6 +1,7 @@
 """The packed batch: against transformers for pixels and positions, and consistent in itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,6 +276,14 @@ def test_embeddings_are_pooled_from_their_own_sample(pooling: str) -> None:
     assert batch.sides.tolist() == [0, 1, 0, 1]
     assert batch.identities.tolist() == [100, 100, -5, -5]
     assert batch.pair_weights.tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["labels", "patch_targets", "pool_index"])
+def test_rows_without_their_values_are_refused(name: str) -> None:
+    batch = pack(mixed_samples())
+    longer = torch.zeros(len(getattr(batch, name)) + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"_rows, but {len(longer)} {name}"):
+        replace(batch, **{name: longer})
 
 
 def test_fillers_do_not_count_as_samples() -> None:

@@ -128,6 +128,7 @@ def test_samples_of_a_pack_never_see_each_other() -> None:
         ([[Segment(0, 2, C), Segment(2, 1, T)]], r"empty segment \[2, 1\) TARGET"),
         ([[], [Segment(0, 1, C)]], "sample 0 has no segments"),
         ([], "at least one sample"),
+        ([[Segment(0, 4, 7)]], r"\[0, 4\) has role 7, expected one of CONTEXT, BRIDGE, TARGET"),
     ],
 )
 def test_segments_must_tile_the_pack(samples: list[list[Segment]], message: str) -> None:
@@ -162,6 +163,13 @@ def test_rule_of_ones_own_must_let_every_row_see_itself() -> None:
         AttentionRule(
             "own", {C: View(full=frozenset({C})), B: View(full=frozenset({B})), T: View()}
         )
+
+
+def test_view_of_plain_sets_and_lists_is_the_view_of_frozen_ones() -> None:
+    plain = View(full={Role.CONTEXT}, causal=[Role.TARGET])  # type: ignore[arg-type]
+    frozen = View(full=frozenset({Role.CONTEXT}), causal=frozenset({Role.TARGET}))
+    assert plain == frozen
+    assert hash(plain) == hash(frozen)
 
 
 def test_view_cannot_be_both_whole_and_causal() -> None:

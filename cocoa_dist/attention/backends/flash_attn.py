@@ -2,7 +2,6 @@
 
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -77,6 +76,7 @@ def _function(module: str) -> Any:
 
     flash-attn-4 installs a package flash_attn that holds flash_attn.cute alone.
     """
-    if find_spec(module) is None:
+    try:
+        return getattr(import_module(module), "flash_attn_varlen_func", None)
+    except ImportError:  # not there, or built for another torch
         return None
-    return getattr(import_module(module), "flash_attn_varlen_func", None)

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from cocoa_dist.attention.plan import AttentionPlan
 
 _BLOCK = 128
+_COMPILED_KINDS = 64  # numbers of intervals, kinds of heads, with and without gradients
 _MASKS: "WeakKeyDictionary[AttentionPlan, BlockMask]" = WeakKeyDictionary()
 
 
@@ -55,13 +56,18 @@ def run(
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
+    from torch import _dynamo as dynamo  # a second to import
+
+    # Past its limit torch runs it uncompiled, with all T x T scores, and only warns.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _COMPILED_KINDS)
     return torch.compile(flex_attention)
 
 
 def block_mask(plan: AttentionPlan) -> BlockMask:
     """Return the plan's BlockMask, made once for each plan: O(M T + blocks^2)."""
     if plan not in _MASKS:
-        _MASKS[plan] = _block_mask(plan)
+        with torch.inference_mode(False):  # a plan first used in evaluation may be trained with
+            _MASKS[plan] = _block_mask(plan)
     return _MASKS[plan]
 
 
@@ -79,6 +85,9 @@ def _block_mask(plan: AttentionPlan) -> BlockMask:
         highest = torch.where(empty, 0, hi_BR).amax(1)
         touched |= (lowest[:, None] < ends) & (highest[:, None] > begins)
         full |= (lo_BR.amax(1)[:, None] <= begins) & (hi_BR.amin(1)[:, None] >= ends)
+    # as create_block_mask does: a block that reaches behind the pack's end is never a full one
+    whole = begins + _BLOCK <= plan.num_tokens
+    full &= whole[:, None] & whole
     partial = touched & ~full
     return BlockMask.from_kv_blocks(
         *_listed(partial),

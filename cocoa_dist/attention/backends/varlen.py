@@ -77,6 +77,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None
 
     if q.shape[1] != k.shape[1] and "enable_gqa" not in _options():
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    if "scale" not in _options():  # at first it was always 1 / sqrt(K)
+        q = q if scale is None else q * (scale * q.shape[2] ** 0.5)
     out = varlen_attn(
         q,
         k,
@@ -85,21 +87,22 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None
         call.cu_seqlens_k,
         call.max_seqlen_q,
         call.max_seqlen_k,
-        scale=scale,
-        **_how(causal=call.causal, grouped=q.shape[1] != k.shape[1]),
+        **_how(causal=call.causal, grouped=q.shape[1] != k.shape[1], scale=scale),
     )
     assert isinstance(out, Tensor)  # with `return_aux` it would be a pair
     return out
 
 
-def _how(*, causal: bool, grouped: bool) -> dict[str, Any]:
-    """Causality and grouped heads in the words of this torch, whose signature has changed."""
+def _how(*, causal: bool, grouped: bool, scale: float | None) -> dict[str, Any]:
+    """Causality, grouped heads and scale in the words of this torch; its signature has changed."""
     options = _options()
     how: dict[str, Any] = {}
     if "is_causal" in options:
         how["is_causal"] = causal
     elif causal:
         how["window_size"] = (-1, 0)
+    if "scale" in options:
+        how["scale"] = scale
     if grouped and "enable_gqa" in options:
         how["enable_gqa"] = True
     return how
