@@ -285,10 +285,11 @@ class MetricsConfig(_Strict):
 
     log_every_steps: Positive = 20
     exporter: bool = True  # an endpoint for Prometheus in every rank and the launcher
-    port: NotNegative = 0  # of a rank: this plus its local rank; 0: a free one
+    port: Annotated[int, Field(ge=0, le=65000)] = 0  # plus the local rank; 0: a free one
     bind_address: str = "auto"  # auto: loopback outside SLURM, else every interface
     targets: str | None = None  # folder of the file_sd targets; default: sd/ in the run folder
-    heartbeat_seconds: Annotated[float, Field(ge=0.0)] = 1.0  # between two in events.jsonl
+    heartbeat_seconds: Annotated[float, Field(ge=0.0, le=30.0)] = 15.0  # in events.jsonl
+    linger_seconds: Annotated[float, Field(ge=0.0)] = 0.0  # of the launcher, after giving up
 
 
 class EvaluationConfig(_Strict):

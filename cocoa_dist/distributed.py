@@ -5,13 +5,18 @@ collective says so; every rank must reach it on every path.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cocoa_dist.runtime import adopt_ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,11 @@ class World:
 
     @staticmethod
     def from_environment() -> "World":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; one process if they are unset."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; one process if they are unset.
+
+        Ranks that srun started get them from SLURM's variables, and set them for libraries.
+        """
+        adopt_ranks()
         return World(
             rank=int(os.environ.get("RANK", "0")),
             size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -70,11 +79,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def local_world_size() -> int:
+    """Return the number of this run's processes on this machine, as the launcher said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def sum_over_ranks(values: Tensor, *, group: Any = None) -> Tensor:
     """Return the sum over all ranks, without gradient. Collective: call on all ranks."""
     total = values.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
     return total
 
 
@@ -84,13 +98,34 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_objects(value: Any) -> list[Any]:
+def own_group() -> Any:
+    """Return a gloo group of all ranks for one subject's messages. Collective."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def gather_objects(value: Any, *, group: Any = None) -> list[Any]:
     """Return every rank's (small, picklable) value, in rank order. Collective."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def raise_together(work: Callable[[], T]) -> T:
+    """Return what `work` gives; a ValueError or OSError of any rank is raised on all. Collective.
+
+    A rank that left alone would be waited for by the others.
+    """
+    fault, result = "", None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        fault = f"rank {rank()}: {error}"
+    shared = next((text for text in gather_objects(fault) if text), "")
+    if shared:
+        raise ValueError(shared)
+    return cast(T, result)
 
 
 def gather_rows(local: Tensor) -> Tensor:

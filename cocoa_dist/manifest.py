@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +51,7 @@ class Manifest(BaseModel):
     complete: bool  # step == target_step: the stage is done
     epoch: str  # incarnation of the run that wrote it
     parent: str | None  # stage end its weights began from, relative to the run folder
+    parent_sha256: str | None = None  # of the parent's weights; frozen ones are read from there
     world_size: int
     engine: str
     versions: dict[str, str]
@@ -157,14 +158,16 @@ def newest(run_dir: Path, *, stage: str) -> tuple[Path, Manifest] | None:
     return None
 
 
-def stage_end(run_dir: Path, *, stage: str) -> tuple[Path, Manifest]:
-    """Return the complete checkpoint of a stage, every file checked.
+def stage_end(
+    run_dir: Path, *, stage: str, only: Container[str] | None = None
+) -> tuple[Path, Manifest]:
+    """Return the complete checkpoint of a stage, every file checked, or `only` those of a name.
 
     Raises ManifestError if the stage is not finished or its end is not whole.
     """
     for folder, found in checkpoints(run_dir, stage=stage):
         if isinstance(found, Manifest) and found.complete:
-            fault = find_fault(folder, found)
+            fault = find_fault(folder, found, only=only)
             if fault is None:
                 return folder, found
             raise ManifestError(
@@ -180,19 +183,30 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_fault(folder: Path, manifest: Manifest) -> str | None:
-    """Compare the files of a checkpoint with its manifest; None if all are whole.
+def find_fault(
+    folder: Path, manifest: Manifest, *, only: Container[str] | None = None
+) -> str | None:
+    """Compare the files of a checkpoint, or `only` some, with its manifest; None if all are whole.
 
     Reads every byte. The text names the file, what was found and what was expected.
     """
-    for entry in manifest.files:
-        path = folder / entry.path
-        if not path.is_file():
-            return f"{entry.path} is missing"
+    wanted = (entry for entry in manifest.files if only is None or entry.path in only)
+    faults = (find_file_fault(folder, entry) for entry in wanted)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def find_file_fault(folder: Path, entry: FileEntry) -> str | None:
+    """Compare one file of a checkpoint with what its manifest lists; None if it is whole."""
+    path = folder / entry.path
+    try:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"{entry.path} has {size} bytes, expected {entry.bytes}"
         digest = sha256_file(path)
-        if digest != entry.sha256:
-            return f"{entry.path} has sha256 {digest[:12]}..., expected {entry.sha256[:12]}..."
+    except FileNotFoundError:
+        return f"{entry.path} is missing"
+    except OSError as error:
+        return f"{entry.path} cannot be read: {error.strerror}"
+    if digest != entry.sha256:
+        return f"{entry.path} has sha256 {digest[:12]}..., expected {entry.sha256[:12]}..."
     return None

@@ -7,6 +7,7 @@ seconds of import would otherwise kill the process by default action.
 import json
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ EPOCH_NAME = "epoch"  # names the one incarnation that may commit
 OUTCOME_NAME = "outcome.json"  # the verdict of the last incarnation
 EPOCH_VARIABLE = "COCOA_EPOCH"
 EXIT_BAD_INPUT = 2
+EXIT_HUNG = 94  # a rank that ended itself, see train/watchdog.py; the launcher knows it
 
 
 class StopRequest:
@@ -57,6 +59,33 @@ class Fence:
                 f"incarnation {self.epoch or 'by hand'} is fenced: {current} runs now; "
                 "not committing"
             )
+
+
+def adopt_ranks() -> None:
+    """Set RANK and its relatives from SLURM's names, where the launcher says that srun started us.
+
+    Inside a job SLURM_PROCID is set for everything, also for a batch script or a test by hand;
+    only COCOA_RANKS=slurm means that these numbers are a rank's.
+    """
+    if os.environ.get("COCOA_RANKS") != "slurm":
+        return
+    per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x2): equal on all nodes
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+        LOCAL_WORLD_SIZE=per_node.partition("(")[0].partition(",")[0],
+    )
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may be raised.
+
+    Loader processes hand over each tensor of a batch as a file descriptor: a step of 32 packs has
+    822, and 1,024 is a common limit.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def write_outcome(run_dir: Path, *, stage: str, step: int, verdict: str, reason: str) -> None:

@@ -15,6 +15,7 @@ for _name, _value in {
     "TORCH_DISTRIBUTED_DEBUG": "DETAIL",  # mismatched collectives raise where they would hang
     "HF_HUB_OFFLINE": "1",  # a test that wants a download fails at once
     "MPLBACKEND": "Agg",
+    "COCOA_STRICT_METRICS": "1",  # a metric that is not in the registry raises
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -31,11 +31,11 @@ from megatron.energon.flavors.base_dataset import BaseCoreDatasetFactory
 from cocoa_dist.batch import PackedBatch, StepBatch
 from cocoa_dist.config import RunConfig, StageConfig, resolve_path
 from cocoa_dist.data.corruption import CorruptedSample, corrupt
+from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.order import Pack, PlanSource, StepPlan, check_world_size
 from cocoa_dist.data.packing import EmbeddingInfo, build_pack, identity_number, length_bound
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.samples import (
-    ImageGeometry,
     ViewResult,
     ViewSettings,
     Vocabulary,
@@ -459,9 +459,10 @@ class StageLoader:
 
     def next_step(self) -> StepBatch:
         """Return the next step's part of this rank; the same number of packs on every rank."""
-        if self._steps is None:
-            self._steps = iter(self._loader)
-        batch: StepBatch = next(self._steps)
+        # A DataLoader draws a seed when it starts: a resumed run's dropout would be another one.
+        with torch.random.fork_rng(devices=[]):
+            self._steps = self._steps or iter(self._loader)
+            batch: StepBatch = next(self._steps)
         assert batch.step == self._expected, f"step {batch.step}, expected {self._expected}"
         self._expected += 1
         return batch

@@ -8,6 +8,7 @@ why results do not depend on ranks, packing or accumulation.
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cocoa_dist.batch import PackedBatch
@@ -20,7 +21,7 @@ class Objective(Protocol):
 
     heads: HeadsConfig  # what it reads from the model
     weights: Mapping[str, float]  # term -> weight in the total
-    step_wide: bool  # True: needs the outputs of all packs of a step at once
+    step_wide: bool  # True: needs the embeddings of all packs of a step at once
 
     def counts(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
         """Return what each term is divided by, for these packs of this rank."""
@@ -31,3 +32,8 @@ class Objective(Protocol):
     ) -> dict[str, Tensor]:
         """Return the sum of each term over these packs of this rank; scalars with gradient."""
         ...
+
+
+def weighted_total(sums: Mapping[str, Tensor], factors: Mapping[str, float]) -> Tensor:
+    """Return sum over terms of factor x sum: a scalar with gradient, in the terms' units."""
+    return sum((factors[name] * sums[name] for name in factors), start=torch.zeros(()))

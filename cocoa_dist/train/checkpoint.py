@@ -1,142 +1,46 @@
-"""Collective save and load of a stage's state, with the manifest written last.
+"""Saves and loads the checkpoints of one stage while the stage goes on training.
 
-Staging folder -> every rank writes its files (sha256 while writing, fsync, rename) -> digests are
-gathered -> rank 0 checks the fence, writes the manifest and gives the folder its name by one
-rename. Whatever dies before that rename leaves the previous checkpoint untouched.
+A save copies this rank's state to the host, which is all that training waits for; a thread writes,
+hashes and syncs it. At later step boundaries the ranks tell each other how far they are, on a group
+of their own and from the main thread alone; when all have written, rank 0's thread commits. A save
+that fails is reported and tried again; older checkpoints are never touched before a newer one is
+whole.
 """
 
-import errno
 import hashlib
+import io
 import logging
-import os
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from safetensors.torch import save_file
+from torch import Tensor
 
+from cocoa_dist import distributed
 from cocoa_dist import manifest as manifests
 from cocoa_dist.config import AdapterConfig
-from cocoa_dist.distributed import barrier, gather_objects, rank
-from cocoa_dist.manifest import FileEntry, Manifest, ManifestError
+from cocoa_dist.distributed import gather_objects, rank, sum_over_ranks, world_size
+from cocoa_dist.manifest import FileEntry, Manifest
+from cocoa_dist.metrics import JsonLines
 from cocoa_dist.model.adapter import merge_adapter
-from cocoa_dist.runtime import Fence, random_state, restore_random_state
+from cocoa_dist.runtime import Fence, random_state, restore_random_state, seed_everything
+from cocoa_dist.train import commit as commits
+from cocoa_dist.train import shards
+from cocoa_dist.train.commit import Fault, SaveError
 from cocoa_dist.train.engine import TrainEngine
+from cocoa_dist.train.verify import find_newest_whole
+
+__all__ = ["WEIGHTS_NAME", "Checkpointer", "Found", "SaveError"]
 
 log = logging.getLogger("cocoa_dist.train")
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-SHARD_FOLDER = "shards"
 WEIGHTS_NAME = "weights.safetensors"
-
-
-class SaveError(RuntimeError):
-    """A checkpoint that could not be written; the run's older checkpoints are untouched."""
-
-    def __init__(self, reason: str, *, no_room: bool) -> None:
-        super().__init__(reason)
-        self.no_room = no_room  # the disk is full or read-only: no use in trying again
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """Why a rank could not do its part of a save."""
-
-    reason: str
-    no_room: bool = False
-
-    @staticmethod
-    def of(error: BaseException, *, where: str = "") -> "_Fault":
-        number = getattr(error, "errno", None)
-        prefix = f"{where}: " if where else ""
-        return _Fault(f"{prefix}{error}", number in NO_ROOM)
-
-
-class _HashingFile:
-    """Counts and hashes what is written, and remembers why a write failed."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error  # torch.save turns it into a RuntimeError without the reason
-            raise
-        self.digest.update(data)
-        size = memoryview(data).nbytes
-        self.bytes += size
-        return size
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-@dataclass
-class _Written:
-    """What this rank wrote into a staging folder, or why it could not."""
-
-    files: list[FileEntry] = field(default_factory=list)
-    fault: _Fault | None = None
-
-
-class AtomicCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's writer: every file whole or absent, its digest taken on the way.
-
-    It never raises while saving: DeepSpeed meets at a barrier afterwards, which a rank that left
-    early would hang. Errors are kept for `Checkpointer` to agree on.
-    """
-
-    def __init__(self, staging: Path | None = None) -> None:
-        super().__init__(None)
-        self.name = "cocoa_dist"
-        self.staging = staging
-        self.written = _Written()
-
-    def create(self, info: Any) -> None:
-        """Do nothing: the staging folder is there."""
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file of this rank."""
-        assert self.staging is not None
-        write_tensors(state_dict, Path(path), staging=self.staging, written=self.written)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file; its digest was checked against the manifest before."""
-        # DeepSpeed's shards hold its own classes, so weights_only is not to be had here.
-        return torch.load(path, map_location=map_location, weights_only=False)
-
-    def commit(self, info: Any) -> bool:
-        """Do nothing: committing is the manifest's business."""
-        return True
-
-
-def write_tensors(content: Any, path: Path, *, staging: Path, written: _Written) -> None:
-    """torch.save to a temporary name, fsync, rename; notes digest or error in `written`."""
-    temporary = path.with_name(path.name + ".tmp")
-    hashing: _HashingFile | None = None
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            hashing = _HashingFile(file)
-            torch.save(content, hashing)  # type: ignore[arg-type]
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        reason = hashing.error if hashing is not None and hashing.error else error
-        written.fault = written.fault or _Fault.of(reason, where=path.name)
-        temporary.unlink(missing_ok=True)
-        return
-    entry = FileEntry(
-        path=str(path.relative_to(staging)),
-        bytes=hashing.bytes,
-        sha256=hashing.digest.hexdigest(),
-    )
-    written.files.append(entry)
+RECIPE_NAME = "resolved.yaml"
+_LOOK_SECONDS = 0.2  # between two looks at a save that is waited for
 
 
 @dataclass(frozen=True)
@@ -148,161 +52,297 @@ class Found:
     notes: tuple[str, ...]  # newer checkpoints that could not be used, and why
 
 
+@dataclass(frozen=True)
+class SaveNumbers:
+    """What saving cost since the last look."""
+
+    blocked_seconds: float  # training stood still: copies, looks at boundaries, waiting
+    seconds: float | None  # from the copy to the rename, of the save that was committed
+    waited: int  # saves of this incarnation that had to wait for the one before
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank did for a save, or why it could not."""
+
+    files: tuple[FileEntry, ...] = ()
+    fault: Fault | None = None
+
+
+class _Job:
+    """One piece of work in a thread; a fault is kept for the ranks to agree on."""
+
+    def __init__(self, work: Callable[["_Job"], tuple[FileEntry, ...]]) -> None:
+        self.part: _Part | None = None
+        self.bytes = 0  # written so far
+        self._work = work
+        # A thread, not a process: hashing and writing release the interpreter lock, the copy need
+        # not be in shared memory, and it dies with its rank. Training is as fast beside either
+        # (benchmarks/checkpoint_cpu.md, last column).
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.part = _Part(files=self._work(self))
+        except Exception as error:  # carried to the main thread, which raises or tries again
+            self.part = _Part(fault=Fault.of(error))
+
+    def counted(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        for chunk in chunks:
+            yield chunk
+            self.bytes += len(chunk)
+
+    def join(self, *, timeout: float) -> None:
+        self._thread.join(timeout)
+
+
+@dataclass
+class _Pending:
+    """A save on its way: first every rank writes, then rank 0 commits."""
+
+    staging: Path
+    final: Path
+    manifest: Manifest
+    job: _Job
+    committing: bool = False
+    began: float = field(default_factory=time.monotonic)
+
+
 class Checkpointer:
-    """Saves, finds and loads the checkpoints of one stage."""
+    """Saves, finds and loads the checkpoints of one stage. Collective: make it on all ranks."""
 
     def __init__(
-        self, run_dir: Path, *, stage: str, keep_last: int, adapter: AdapterConfig | None = None
+        self,
+        run_dir: Path,
+        *,
+        stage: str,
+        keep_last: int,
+        adapter: AdapterConfig | None = None,
+        max_failed_saves: int = 3,
+        recipe: str = "",
     ) -> None:
-        """`adapter`: what the stage trains, to be merged into the weights at its end."""
+        """`adapter`: what the stage trains, merged into the weights at its end.
+
+        `recipe`: the resolved one, which goes into each checkpoint.
+        """
         self.run_dir, self.stage, self.keep_last = run_dir, stage, keep_last
-        self.adapter = adapter
+        self.adapter, self.max_failed_saves, self.recipe = adapter, max_failed_saves, recipe
         self.root = run_dir / "checkpoints" / stage
         self.fence = Fence(run_dir)
+        self.must_retry = False  # the last save failed: save again at the next boundary
+        self.on_progress: Callable[[], None] = lambda: None  # called while a save gets on
+        self.on_saved: Callable[[Path], None] = lambda folder: None
+        self.on_failed: Callable[[str], None] = lambda reason: None
+        self._group = distributed.own_group()
+        self._host = shards.HostCopy()
+        self._refused: frozenset[str] = frozenset()
+        self._pending: _Pending | None = None
+        self._attempts = self._failures = self._waited = self._moved = 0
+        self._blocked = 0.0
+        self._seconds: float | None = None
 
-    def save(self, engine: TrainEngine, manifest: Manifest) -> Path:
-        """Write a checkpoint; return its folder. Collective: call on all ranks.
+    def prepare(self, engine: TrainEngine) -> None:
+        """Get the host memory of the saves before the first of them is due."""
+        self._host.reserve(engine.state_bytes())
 
-        Raises SaveError on every rank if any rank could not write its part.
+    def begin(
+        self, engine: TrainEngine, manifest: Manifest, *, logs: Sequence[JsonLines] = ()
+    ) -> None:
+        """Start a save; training goes on when the copy is made. Collective: call on all ranks.
+
+        `logs` are made durable before the manifest: a checkpoint never knows more than the record.
+        Waits for a save that is still running. Raises SaveError on every rank as `poll` does.
         """
+        started = time.monotonic()
+        if self._pending is not None:
+            self._waited += 1
+            self._settle()
+        self.must_retry = False
+        self._attempts += 1
         final = manifests.step_folder(self.run_dir, stage=self.stage, step=manifest.step)
-        staging = self.root / f".staging-{final.name}-{self.fence.epoch or 'local'}"
-        self._agree(self._prepare(staging), staging)
-        written = self._write(engine, staging, with_weights=manifest.complete)
-        gathered: list[_Written] = gather_objects(written)
-        fault = next((part.fault for part in gathered if part.fault), None)
-        if fault is None and rank() == 0:
-            files = tuple(entry for part in gathered for entry in part.files)
-            fault = self._commit(staging, final, manifest.model_copy(update={"files": files}))
-        self._agree(fault, staging)
-        if rank() == 0:
-            self._retire(newest=final)
-        return final
+        staging = commits.staging_folder(
+            self.root, final, epoch=self.fence.epoch, attempt=self._attempts
+        )
+        write = self._writer(engine, staging, logs=logs, with_weights=manifest.complete)
+        self._pending = _Pending(staging, final, manifest, _Job(write), began=started)
+        self._blocked += time.monotonic() - started
+
+    def poll(self) -> None:
+        """Take a running save as far as it goes without waiting. Collective: call on all ranks.
+
+        Raises SaveError on every rank if saves failed too often, or another try is of no use.
+        """
+        if self._pending is not None:
+            started = time.monotonic()
+            self._advance()
+            self._blocked += time.monotonic() - started
+
+    def save(
+        self, engine: TrainEngine, manifest: Manifest, *, logs: Sequence[JsonLines] = ()
+    ) -> Path:
+        """Save and wait until it is committed; return its folder. Collective: call on all ranks.
+
+        Tries again what fails. Raises SaveError on every rank as `poll` does.
+        """
+        while True:
+            self.begin(engine, manifest, logs=logs)
+            started = time.monotonic()
+            self._settle()
+            self._blocked += time.monotonic() - started
+            if not self.must_retry:
+                return manifests.step_folder(self.run_dir, stage=self.stage, step=manifest.step)
+
+    def take_numbers(self) -> SaveNumbers:
+        """Return what saving has cost since the last call."""
+        numbers = SaveNumbers(self._blocked, self._seconds, self._waited)
+        self._blocked, self._seconds = 0.0, None
+        return numbers
 
     def find(self) -> Found:
-        """Look for the newest whole checkpoint of the stage, every file checked by rank 0.
+        """Look for the newest whole checkpoint, every rank checking its share of the files.
 
         Collective: call on all ranks.
         """
-        found: Found = gather_objects(self._find() if rank() == 0 else None)[0]
-        return found
+        if rank() == 0:
+            commits.clear_left_overs(self.run_dir, fence=self.fence)
+        folder, manifest, faults = find_newest_whole(self.run_dir, stage=self.stage)
+        self._refused = frozenset(faults)
+        notes = [
+            f"checkpoint {name} of {self.stage} is not used: {fault}"
+            for name, fault in faults.items()
+        ]
+        return Found(folder, manifest, tuple(notes))
 
-    def _find(self) -> Found:
-        notes: list[str] = []
-        for folder, found in manifests.checkpoints(self.run_dir, stage=self.stage):
-            fault = str(found) if isinstance(found, ManifestError) else None
-            if isinstance(found, Manifest):
-                fault = manifests.find_fault(folder, found)
-                if fault is None:
-                    return Found(folder, found, tuple(notes))
-            notes.append(f"checkpoint {folder.name} of {self.stage} is not used: {fault}")
-        return Found(None, None, tuple(notes))
+    def load(self, engine: TrainEngine, found: Found, *, seed: int) -> None:
+        """Put weights, optimizer state and generators back. Collective: call on all ranks.
 
-    def load(self, engine: TrainEngine, folder: Path) -> None:
-        """Put weights, optimizer state and generators back. Collective: call on all ranks."""
-        engine.deepspeed.checkpoint_engine = AtomicCheckpointEngine()
-        loaded, _ = engine.deepspeed.load_checkpoint(
-            str(folder), tag=SHARD_FOLDER, load_lr_scheduler_states=False
-        )
-        if loaded is None:
-            raise ManifestError(f"{folder} holds no shards for rank {rank()}")
-        state = torch.load(folder / _random_name(rank()), weights_only=True)
-        restore_random_state(state)
+        Written by another number of ranks, the shards are cut anew, and the generators of every
+        rank start from (seed, stage, step, rank). Raises ValueError on every rank for what does
+        not fit the model.
+        """
+        assert found.folder is not None, "nothing was found"
+        assert found.manifest is not None, "nothing was found"
+        folder, written_by = found.folder, found.manifest.world_size
+        engine.load(folder, written_by=written_by)
+        if written_by == world_size():
+            state = torch.load(folder / _random_name(rank()), weights_only=True)
+            restore_random_state(state)
+            return
+        key = f"{seed}/{self.stage}/{found.manifest.step}/{rank()}"
+        digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+        seed_everything(int.from_bytes(digest, "little"))
 
-    def _prepare(self, staging: Path) -> _Fault | None:
-        """Rank 0 clears what dead incarnations left and makes the staging folder."""
-        if rank() != 0:
-            return None
-        try:
-            self.fence.check()  # first: what lies there may be the work of the one that runs now
-            for left in self.root.glob(".staging-*"):
-                shutil.rmtree(left, ignore_errors=True)
-            (staging / SHARD_FOLDER).mkdir(parents=True)
-        except (OSError, RuntimeError) as error:
-            return _Fault.of(error)
-        return None
+    def _writer(
+        self, engine: TrainEngine, staging: Path, *, logs: Sequence[JsonLines], with_weights: bool
+    ) -> Callable[[_Job], tuple[FileEntry, ...]]:
+        """Copy all that this rank saves, and return what writes it. Collective."""
+        shard = engine.snapshot(self._host)
+        generators = random_state()
+        weights = self._merged_weights(engine) if with_weights else None
+        this_rank = rank()
 
-    def _write(self, engine: TrainEngine, staging: Path, *, with_weights: bool) -> _Written:
-        writer = AtomicCheckpointEngine(staging)
-        engine.deepspeed.checkpoint_engine = writer
-        engine.deepspeed.save_checkpoint(str(staging), tag=SHARD_FOLDER, save_latest=False)
-        written = writer.written
-        write_tensors(
-            random_state(), staging / _random_name(rank()), staging=staging, written=written
-        )
-        if with_weights:
-            weights = engine.gathered_weights()
+        def write(job: _Job) -> tuple[FileEntry, ...]:
+            commits.check_fence(self.fence)
+            for lines in logs:
+                lines.sync()
+            chunks = shards.safetensors_chunks(shard.tensors, shard.metadata)
+            files = [
+                shards.write_file(staging, shards.shard_name(this_rank), job.counted(chunks)),
+                shards.write_file(staging, _random_name(this_rank), [_serialised(generators)]),
+            ]
+            if this_rank == 0 and self.recipe:
+                files.append(shards.write_file(staging, RECIPE_NAME, [self.recipe.encode()]))
             if weights is not None:
-                plain = merge_adapter(weights, self.adapter) if self.adapter else weights
-                _write_weights(plain, staging, written)
-        return written
+                chunks = shards.safetensors_chunks(weights)
+                files.append(shards.write_file(staging, WEIGHTS_NAME, job.counted(chunks)))
+            return tuple(files)
 
-    def _commit(self, staging: Path, final: Path, manifest: Manifest) -> _Fault | None:
-        """Rank 0: remove what is not listed, check the fence, write the manifest, rename."""
-        try:
-            _remove_unlisted(staging, {entry.path for entry in manifest.files})
-            self.fence.check()
-            manifests.fsync_folder(staging / SHARD_FOLDER)
-            manifests.write_manifest(staging, manifest)
-            if final.exists():  # a broken checkpoint of this step: its manifest was refused
-                broken = self.root / f".staging-broken-{final.name}"
-                final.rename(broken)
-                shutil.rmtree(broken, ignore_errors=True)
-            staging.rename(final)
-            manifests.fsync_folder(self.root)
-        except (OSError, RuntimeError) as error:
-            return _Fault.of(error)
-        return None
+        return write
 
-    def _retire(self, *, newest: Path) -> None:
-        """Keep the last few whole checkpoints; a failure is reported, the save stands."""
-        whole = 1
-        for folder, found in manifests.checkpoints(self.run_dir, stage=self.stage):
-            if folder.name >= newest.name:
-                continue
-            whole += isinstance(found, Manifest)
-            if isinstance(found, Manifest) and whole <= self.keep_last:
-                continue
-            doomed = self.root / f".staging-retired-{folder.name}"
-            try:
-                folder.rename(doomed)
-                shutil.rmtree(doomed)
-            except OSError as error:
-                log.warning("old checkpoint %s could not be removed: %s", folder.name, error)
+    def _merged_weights(self, engine: TrainEngine) -> dict[str, Tensor] | None:
+        weights = engine.gathered_weights()
+        if weights is None or self.adapter is None:
+            return weights
+        return merge_adapter(weights, self.adapter)
 
-    def _agree(self, fault: _Fault | None, staging: Path) -> None:
-        """Raise SaveError on every rank if one has a fault, after clearing up. Collective."""
-        shared: _Fault | None = next((f for f in gather_objects(fault) if f), None)
-        if shared is not None and rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        barrier()
-        if shared is not None:
-            raise SaveError(shared.reason, no_room=shared.no_room)
+    def _settle(self) -> None:
+        """Wait until no save is on its way. Collective.
+
+        The ranks go on telling each other how far they are: one that has died is noticed, and a
+        save that is slow is told from one that hangs.
+        """
+        while self._pending is not None:
+            self._pending.job.join(timeout=_LOOK_SECONDS)
+            self._advance()
+
+    def _advance(self) -> None:
+        """Tell the ranks how far this one is, and do what follows from it. Collective."""
+        pending = self._pending
+        assert pending is not None, "no save is on its way"
+        part = pending.job.part
+        look = torch.tensor([int(part is not None), pending.job.bytes])
+        done, moved = sum_over_ranks(look, group=self._group).tolist()
+        if moved != self._moved:
+            self._moved = moved
+            self.on_progress()
+        if done < world_size():
+            return
+        assert part is not None, "it is done on all ranks"
+        parts: list[_Part] = gather_objects(part, group=self._group)
+        fault = next((part.fault for part in parts if part.fault), None)
+        if fault is not None:
+            self._failed(fault, pending)
+        elif not pending.committing:
+            files = tuple(entry for part in parts for entry in part.files)
+            manifest = pending.manifest.model_copy(update={"files": files})
+            pending.job = _Job(lambda job: self._commit(pending, manifest))
+            pending.committing = True
+        else:
+            self._pending, self._failures = None, 0
+            self._seconds = time.monotonic() - pending.began
+            if rank() == 0:
+                log.info("saved %s in %.2f s", pending.final.name, self._seconds)
+            self.on_saved(pending.final)
+
+    def _commit(self, pending: _Pending, manifest: Manifest) -> tuple[FileEntry, ...]:
+        """Commit on rank 0, in its thread; nothing on the others."""
+        if rank() == 0:
+            commits.commit(
+                pending.staging,
+                pending.final,
+                manifest,
+                fence=self.fence,
+                refused=self._refused,
+            )
+            commits.retire(
+                self.run_dir, stage=self.stage, newest=pending.final, keep_last=self.keep_last
+            )
+        return ()
+
+    def _failed(self, fault: Fault, pending: _Pending) -> None:
+        """Report a failed save, and raise where another try is of no use. Collective."""
+        self._pending, self.must_retry = None, True
+        self._failures += 1
+        self.on_failed(fault.reason)
+        if rank() == 0:
+            shutil.rmtree(pending.staging, ignore_errors=True)
+            log.warning(
+                "%s could not be saved (%d in a row, checkpoint.max_failed_saves=%d): %s",
+                pending.final.name,
+                self._failures,
+                self.max_failed_saves,
+                fault.reason,
+            )
+        if fault.final or self._failures > self.max_failed_saves:
+            raise SaveError(fault.reason, no_room=fault.no_room)
 
 
 def _random_name(of_rank: int) -> str:
     return f"random_{of_rank:05d}.pt"
 
 
-def _write_weights(weights: dict[str, Any], staging: Path, written: _Written) -> None:
-    path = staging / WEIGHTS_NAME
-    try:
-        save_file(weights, path)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    except Exception as error:  # safetensors raises its own class for a full disk
-        fault = _Fault(f"{WEIGHTS_NAME}: {error}", "No space left" in str(error))
-        written.fault = written.fault or fault
-        return
-    entry = FileEntry(
-        path=WEIGHTS_NAME, bytes=path.stat().st_size, sha256=manifests.sha256_file(path)
-    )
-    written.files.append(entry)
-
-
-def _remove_unlisted(staging: Path, listed: set[str]) -> None:
-    """DeepSpeed drops helper scripts beside its shards; a checkpoint holds what it lists."""
-    for path in staging.rglob("*"):
-        if path.is_file() and str(path.relative_to(staging)) not in listed:
-            path.unlink()
+def _serialised(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

@@ -19,6 +19,8 @@ _OWNED_BY_RECIPE = (
     "fp16",
     "steps_per_print",
 )
+_RESIDENCY_KEY = "stage3_param_persistence_threshold"
+_WITHOUT_LIMIT = 10**12  # elements: more than any one parameter has
 
 
 def read_ds_config(name_or_path: str) -> dict[str, Any]:
@@ -33,10 +35,12 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
 
 
 def build_ds_config(
-    mechanics: Mapping[str, Any], *, max_grad_norm: float, dtype: str
+    mechanics: Mapping[str, Any], *, max_grad_norm: float, dtype: str, resident: bool = False
 ) -> dict[str, Any]:
     """Join a file of ds_configs/ with what the recipe owns.
 
+    `resident`: every rank keeps all weights gathered between steps (residency.py); else those
+    below the file's own threshold, which are cheaper to hold than to gather.
     Raises ValueError for a key the recipe owns, and for any "auto": outside of transformers'
     Trainer DeepSpeed drops it without a word.
     """
@@ -48,12 +52,20 @@ def build_ds_config(
         raise ValueError(f'ds_config has "auto" at {automatic}; give a value or take it out')
     return {
         **mechanics,
+        "zero_optimization": _zero_section(mechanics, resident=resident),
         "train_micro_batch_size_per_gpu": 1,  # a nominal number: packs carry their own counts
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
     }
+
+
+def _zero_section(mechanics: Mapping[str, Any], *, resident: bool) -> dict[str, Any]:
+    section = dict(mechanics.get("zero_optimization", {}))
+    if resident:
+        section[_RESIDENCY_KEY] = _WITHOUT_LIMIT
+    return section
 
 
 def _find_auto(node: Any, prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The only file that knows DeepSpeed: scales losses, steps, gathers weights.
+"""All that knows DeepSpeed, with zero_state.py: scales losses, steps, gathers weights.
 
 One factor per term makes results independent of ranks, packing and accumulation:
 weight x world size / global count, where the world size undoes ZeRO's mean over ranks.
@@ -9,17 +9,23 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cocoa_dist.batch import PackedBatch
-from cocoa_dist.config import OptimizerConfig
-from cocoa_dist.distributed import sum_over_ranks, world_size
-from cocoa_dist.objectives.base import Objective
+from cocoa_dist.config import EngineConfig, GradCacheConfig, OptimizerConfig
+from cocoa_dist.distributed import raise_together, rank, sum_over_ranks, world_size
+from cocoa_dist.model.embedder import ModelOutput
+from cocoa_dist.objectives.base import Objective, weighted_total
+from cocoa_dist.train import shards, zero_state
 from cocoa_dist.train.ds_config import build_ds_config
+from cocoa_dist.train.grad_cache import cached_backward
+from cocoa_dist.train.residency import decide_residency
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class StepStats:
     grad_norm: float
     learning_rate: float
     extras: tuple[float, ...]  # the caller's numbers, summed over ranks
-    skipped: bool  # the engine did not apply the step (non-finite gradient)
+    skipped: str  # what was not finite, "loss" or "gradient": no weight moved; else ""
+    finite_here: bool  # this rank's own part of the loss
 
 
 @dataclass(frozen=True)
@@ -54,20 +61,32 @@ class TrainEngine:
         total_steps: int,
         ds_config: Mapping[str, Any],
         dtype: str = "float32",
+        settings: EngineConfig | None = None,
+        grad_cache: GradCacheConfig | None = None,
     ) -> None:
         """Partition `model` over the ranks. Collective: call on all ranks."""
-        deepspeed = _import_deepspeed()
         self.objective = objective
         self.optimizer_config = optimizer
         self.total_steps = total_steps
-        resolved = build_ds_config(ds_config, max_grad_norm=optimizer.max_grad_norm, dtype=dtype)
+        self.settings = settings or EngineConfig()
+        self.grad_cache = grad_cache or GradCacheConfig()
+        self.residency = decide_residency(self.settings.resident_parameters, model)
+        self._wrap(model, mechanics=ds_config, dtype=dtype)
+
+    def _wrap(self, model: nn.Module, *, mechanics: Mapping[str, Any], dtype: str) -> None:
+        deepspeed = _import_deepspeed()
+        resolved = build_ds_config(
+            mechanics,
+            max_grad_norm=self.optimizer_config.max_grad_norm,
+            dtype=dtype,
+            resident=self.residency.resident,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=_adamw(model, optimizer), config=resolved
+                model=model, optimizer=adamw(model, self.optimizer_config), config=resolved
             )
-        # It copies scripts of its own beside the shards, and raises on one rank if it cannot.
-        self.deepspeed._copy_recovery_script = lambda save_path: None
+        zero_state.refuse_swapped_state(self.deepspeed)
         self.deepspeed.train()
 
     @property
@@ -84,22 +103,49 @@ class TrainEngine:
         Every rank passes the same number of packs. `extras` ride on the step's reduction.
         """
         rate = learning_rate_at(step, self.optimizer_config, total_steps=self.total_steps)
-        for group in self.deepspeed.optimizer.param_groups:
+        for group in self._parameter_groups():
             group["lr"] = rate
         terms = self.accumulate(packs)
-        self.deepspeed.step()
         local = [*(term.local_sum for term in terms.values()), *extras]
         summed = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).tolist()
         parts = {n: s / t.count for (n, t), s in zip(terms.items(), summed, strict=False)}
-        norm = self.deepspeed.get_global_grad_norm()
+        loss = sum(self.objective.weights[name] * part for name, part in parts.items())
+        skipped = self._apply() if math.isfinite(loss) else self._leave_out()
         return StepStats(
-            loss=sum(self.objective.weights[name] * part for name, part in parts.items()),
+            loss=loss,
             parts=parts,
-            grad_norm=math.nan if norm is None else float(norm),
+            grad_norm=math.nan if skipped else self._gradient_norm(),
+            skipped=skipped,
+            finite_here=all(math.isfinite(term.local_sum) for term in terms.values()),
             learning_rate=rate,
             extras=tuple(summed[len(parts) :]),
-            skipped=not self.deepspeed.was_step_applied(),
         )
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
+        return groups
+
+    def _forward(self, pack: PackedBatch) -> ModelOutput:
+        output: ModelOutput = self.deepspeed(pack)
+        return output
+
+    def _apply(self) -> str:
+        """Move the weights, unless the gradient is not finite: then nothing moves."""
+        self.deepspeed.step()
+        return "" if self.deepspeed.was_step_applied() else "gradient"
+
+    def _leave_out(self) -> str:
+        """Forget a step whose loss is not finite: its gradient may be finite and still wrong."""
+        self.discard_gradients()
+        return "loss"
+
+    def _gradient_norm(self) -> float:
+        norm = self.deepspeed.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def discard_gradients(self) -> None:
+        """Forget what `accumulate` left, as if it had not been called."""
+        self.deepspeed.optimizer.zero_grad()  # the next backward overwrites the partitions
 
     def accumulate(self, packs: Sequence[PackedBatch]) -> dict[str, Term]:
         """Forward and backward of one step's packs, without the optimizer. Collective."""
@@ -123,17 +169,90 @@ class TrainEngine:
         self, packs: Sequence[PackedBatch], factors: Mapping[str, float]
     ) -> dict[str, float]:
         """Forward and backward of a step; returns this rank's sum of each term."""
+        if self.uses_grad_cache(len(packs)):
+            with self._reduction(len(packs)):
+                return cached_backward(
+                    packs,
+                    objective=self.objective,
+                    factors=factors,
+                    packs_per_chunk=self.grad_cache.packs,
+                    forward=self._forward,
+                    backward=self._backward_once,
+                )
         groups = [packs] if self.objective.step_wide else [[pack] for pack in packs]
         totals = dict.fromkeys(factors, 0.0)
-        for index, group in enumerate(groups):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(groups) - 1)
-            outputs = [self.deepspeed(pack) for pack in group]
-            sums = self.objective.sums(outputs, group)
-            loss = sum((factors[name] * sums[name] for name in factors), start=torch.zeros(()))
-            self.deepspeed.backward(loss)
-            for name, value in sums.items():
-                totals[name] += value.detach().item()
+        with self._reduction(len(groups)):
+            for index, group in enumerate(groups):
+                outputs = [self._forward(pack) for pack in group]
+                sums = self.objective.sums(outputs, group)
+                loss = weighted_total(sums, factors)
+                self._backward_once(loss, last=index == len(groups) - 1)
+                for name, value in sums.items():
+                    totals[name] += value.detach().item()
         return totals
+
+    def uses_grad_cache(self, num_packs: int) -> bool:
+        """Say whether a step of so many packs a rank runs in chunks; the same on all ranks."""
+        if not self.objective.step_wide or self.grad_cache.mode == "never":
+            return False
+        return self.grad_cache.mode == "always" or num_packs > self.grad_cache.packs
+
+    def _backward_once(self, loss: Tensor, *, last: bool) -> None:
+        self.deepspeed.set_gradient_accumulation_boundary(
+            last or self.settings.reduction == "coalesce"
+        )
+        self.deepspeed.backward(loss)
+
+    def _reduction(self, num_backwards: int) -> AbstractContextManager[Any]:
+        """Return the context of a step's backward calls.
+
+        `coalesce` keeps whole gradients on every rank and reduces them once, on leaving;
+        `boundary` reduces after every call and keeps partitions alone.
+        """
+        if self.settings.reduction == "coalesce" and num_backwards > 1:
+            coalesced: AbstractContextManager[Any] = self.deepspeed.coalesce_grad_reduction()
+            return coalesced
+        return nullcontext()
+
+    def state_bytes(self) -> int:
+        """Return how large this rank's part of a checkpoint is: weights and two moments each."""
+        slices = zero_state.parameter_slices(self.deepspeed, self.module)
+        buffers = zero_state.persistent_buffers(self.module).values()
+        trained = sum(part.values[zero_state.WEIGHT].nbytes for part in slices)
+        return 3 * trained + sum(buffer.nbytes for buffer in buffers)
+
+    def snapshot(self, host: shards.HostCopy) -> shards.Snapshot:
+        """Copy this rank's part of the state of training to the host, between two steps."""
+        buffers = zero_state.persistent_buffers(self.module) if rank() == 0 else {}
+        return shards.snapshot(
+            zero_state.parameter_slices(self.deepspeed, self.module),
+            buffers=buffers,
+            counters=zero_state.counters(self.deepspeed),
+            rank=rank(),
+            world_size=world_size(),
+            host=host,
+        )
+
+    def load(self, folder: Path, *, written_by: int) -> None:
+        """Go on from the shards in `folder`, written by `written_by` ranks. Collective.
+
+        Raises ValueError on all ranks for a shard that cannot be read or does not fit.
+        """
+        info = raise_together(lambda: shards.read_info(folder, rank=0))
+        with zero_state.filling(
+            self.deepspeed, self.module, to=info.counters, moments=info.moments
+        ) as slices:
+            raise_together(
+                lambda: shards.fill(
+                    slices,
+                    folder,
+                    written_by=written_by,
+                    rank=rank(),
+                    world_size=world_size(),
+                )
+            )
+        buffers = zero_state.persistent_buffers(self.module)
+        raise_together(lambda: shards.fill_buffers(buffers, folder))
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
         """Return the whole model's weights on rank 0 (host, float32), None on the others.
@@ -167,7 +286,7 @@ def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) ->
     return config.learning_rate * 0.5 * (1.0 - math.cos(math.pi * left))
 
 
-def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW without decay on vectors (biases, norms)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -14,17 +14,20 @@ from typing import Any
 
 from cocoa_dist.batch import StepBatch
 from cocoa_dist.config import RunConfig
+from cocoa_dist.data.fullest import fullest_pack
 from cocoa_dist.data.loader import StageLoader
-from cocoa_dist.distributed import rank
+from cocoa_dist.distributed import rank, world_size
 from cocoa_dist.manifest import Manifest
 from cocoa_dist.metrics import METRICS_NAME, JsonLines
+from cocoa_dist.monitor import Monitor
 from cocoa_dist.runtime import StopRequest, stop_file_present
 from cocoa_dist.train.checkpoint import Checkpointer
 from cocoa_dist.train.engine import StepStats, TrainEngine
+from cocoa_dist.train.guards import SpikeDetector, check_skips, name_records, recent_losses
+from cocoa_dist.train.preflight import preflight
+from cocoa_dist.train.watchdog import TIMEOUT_SHARE, Watchdog
 
 log = logging.getLogger("cocoa_dist.train")
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 class StageEnd(Enum):
@@ -107,32 +110,79 @@ class StageRun:
         template: Manifest,
         progress: Progress,
         stop: StopRequest,
+        monitor: Monitor,
     ) -> None:
         """`template` holds the fields of the manifest that do not change from step to step."""
         self.config, self.stage_name, self.run_dir = config, stage_name, run_dir
         self.stage = config.stages[stage_name]
         self.engine, self.loader, self.checkpointer = engine, loader, checkpointer
         self.template, self.progress, self.stop = template, progress, stop
+        self.monitor = monitor
+        checkpointer.on_saved, checkpointer.on_failed = monitor.saved, monitor.save_failed
+        checkpointer.on_progress = lambda: self.watchdog.beat(f"saving step {self.progress.step}")
         self.metrics = JsonLines(run_dir / METRICS_NAME)
         self.sample_log = JsonLines(run_dir / "samples" / f"{stage_name}.jsonl")
         self.quarantine = JsonLines(run_dir / "quarantine" / f"{stage_name}.rank{rank()}.jsonl")
+        self.skipped = JsonLines(run_dir / "skipped" / f"{stage_name}.rank{rank()}.jsonl")
+        self.spikes = self._spike_detector()
+        self.watchdog = self._watchdog()
         self.step_cpu = 0.0
+
+    def _spike_detector(self) -> SpikeDetector:
+        guards = self.config.guards
+        history: list[float] = []
+        if rank() == 0 and self.progress.step:
+            history = recent_losses(
+                self.metrics.path, stage=self.stage_name, count=guards.spike_window
+            )
+        return SpikeDetector(guards, history=history)
+
+    def _watchdog(self) -> Watchdog:
+        limit = TIMEOUT_SHARE * self.config.engine.timeout_seconds
+        name = f"{self.stage_name}.rank{rank()}.stacks"
+        return Watchdog(
+            seconds=limit if self.config.guards.watchdog else math.inf,
+            stacks=self.run_dir / "logs" / (self.template.epoch or "by_hand") / name,
+            rank=rank(),
+        )
 
     def train(self) -> StageEnd:
         """Run the stage to its end or until asked to leave. Collective: call on all ranks."""
+        with self.watchdog:
+            if self.config.guards.preflight:
+                self._preflight()
+            with self.monitor.phase("train"):
+                return self._steps()
+
+    def _preflight(self) -> None:
+        self.watchdog.beat("pre-flight")
+        preflight(
+            self.engine,
+            run_dir=self.run_dir,
+            keep_last=self.config.checkpoint.keep_last,
+            largest_pack=None
+            if self.progress.step
+            else lambda: fullest_pack(self.loader, world_size=world_size()),
+        )
+
+    def _steps(self) -> StageEnd:
         every = self.config.checkpoint.every_steps
         while self.progress.step < self.stage.steps:
             asked = self._one_step(self.progress.step + 1)
             done = self.progress.step == self.stage.steps
-            if done or asked is not None or self.progress.step % every == 0:
-                self.save()
+            self.checkpointer.poll()
+            if done or asked is not None:
+                self.save(wait=True)
+            elif self.progress.step % every == 0 or self.checkpointer.must_retry:
+                self.save(wait=False)
             if asked is not None and not done:
                 return asked
         return StageEnd.FINISHED
 
-    def save(self) -> None:
-        """Commit a checkpoint of the current step. Collective: call on all ranks."""
+    def save(self, *, wait: bool) -> None:
+        """Start to save the current step, or `wait` until it is committed. Collective."""
         progress = self.progress
+        self.watchdog.beat(f"saving step {progress.step}")
         manifest = self.template.model_copy(
             update={
                 "step": progress.step,
@@ -148,27 +198,34 @@ class StageRun:
                 "loss": progress.parts,
             }
         )
-        begin = time.monotonic()
-        for lines in (self.metrics, self.sample_log, self.quarantine):
-            lines.sync()  # before the manifest: a checkpoint never knows more than the record
-        folder = self.checkpointer.save(self.engine, manifest)
-        if rank() == 0:
-            log.info("saved %s in %.2f s", folder.name, time.monotonic() - begin)
+        start = self.checkpointer.save if wait else self.checkpointer.begin
+        with self.monitor.phase("checkpoint"):
+            start(
+                self.engine,
+                manifest,
+                logs=(self.metrics, self.sample_log, self.quarantine, self.skipped),
+            )
 
     def _one_step(self, step: int) -> StageEnd | None:
         begin, cpu_begin = time.monotonic(), time.process_time()
+        self.watchdog.beat(f"loading step {step}")
         batch = self.loader.next_step()
         waited = time.monotonic() - begin
+        self.watchdog.beat(f"step {step}")
         stats = self.engine.train_step(batch.packs, step=step, extras=self._extras(batch).values())
         shared = _Extras(*stats.extras)
         seconds = time.monotonic() - begin
         self.step_cpu = time.process_time() - cpu_begin + batch.cpu_seconds
         self._count(step, stats, shared, seconds)
+        bad = len(batch.bad_records)
+        self.monitor.step(step, seconds=seconds, waited=waited, bad_records=bad)
         if batch.bad_records:
             self._quarantine(step, batch)
+        if stats.skipped:
+            self._note_skip(batch, stats)
         if rank() == 0:
             self._record(batch, stats, shared, seconds=seconds, waited=waited)
-        self._check_limits()
+        self._check_limits(batch)
         if shared.operator_stop:
             return StageEnd.STOPPED
         return StageEnd.PREEMPTED if shared.stop else None
@@ -192,7 +249,7 @@ class StageRun:
         progress.step = step
         progress.samples += round(shared.samples)
         progress.tokens += round(shared.tokens)
-        progress.skipped += stats.skipped
+        progress.skipped += bool(stats.skipped)
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats.skipped else 0
         progress.bad_records += round(shared.bad_records)
         progress.productive_seconds += seconds
@@ -204,7 +261,26 @@ class StageRun:
             self.quarantine.append({"stage": self.stage_name, "step": step, "record": fault})
             log.warning("step %d: record left out: %s", step, fault)
 
-    def _check_limits(self) -> None:
+    def _note_skip(self, batch: StepBatch, stats: StepStats) -> None:
+        """Name the records of a step that moved no weight; each rank its own."""
+        self.skipped.append(
+            {
+                "stage": self.stage_name,
+                "step": batch.step,
+                "not_finite": stats.skipped,
+                "here": not stats.finite_here,  # this rank's own part of the loss
+                "dataset": batch.dataset,
+                "records": list(batch.record_keys),
+            }
+        )
+        blame = "its own part of the loss is not" if not stats.finite_here else "its own part is"
+        log.warning(
+            "step %d was skipped: its %s is not finite; rank %d (%s finite) had %s of %s",
+            *(batch.step, stats.skipped, rank(), blame),
+            *(name_records(batch.record_keys), batch.dataset),
+        )
+
+    def _check_limits(self, batch: StepBatch) -> None:
         """Raise ValueError, on every rank alike, for what must not go on unseen."""
         limit, bad = self.config.data.bad_record_limit, self.progress.bad_records
         if bad > limit:
@@ -213,17 +289,23 @@ class StageRun:
                 f"data.bad_record_limit={limit}; they are listed in {self.quarantine.path.parent}: "
                 "repair or remove them, or raise the limit"
             )
-        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
-                f"{self.progress.step} of {self.stage_name}; lower the learning rate, or look at "
-                "the records of these steps with tools/show_batch.py"
-            )
+        check_skips(
+            self.config.guards,
+            stage=self.stage_name,
+            step=batch.step,
+            in_a_row=self.progress.skipped_in_a_row,
+            in_stage=self.progress.skipped,
+            records=batch.record_keys,
+            listed_in=self.skipped.path.parent,
+        )
 
     def _record(
         self, batch: StepBatch, stats: StepStats, shared: _Extras, *, seconds: float, waited: float
     ) -> None:
         """Write the step's line of metrics.jsonl (rank 0), and a log line now and then."""
+        saving = self.checkpointer.take_numbers()
+        above = self.spikes.deviations(stats.loss)
+        spike = self.spikes.is_spike(above)
         record: dict[str, Any] = {
             "stage": self.stage_name,
             "step": batch.step,
@@ -240,12 +322,25 @@ class StageRun:
             "step_seconds": seconds,
             "cpu_seconds": shared.cpu_seconds,
             "truncated_texts": round(shared.truncated),
-            "skipped": stats.skipped,
+            "skipped": bool(stats.skipped),
+            "loss_deviations": above,  # robust sigmas above the median of the steps before
+            "loss_spike": spike,
             "batch_digest": batch.digest,
+            "checkpoint_blocked_seconds": saving.blocked_seconds,  # since the line before
+            "checkpoint_seconds": saving.seconds,  # of a save committed since then, else null
+            "saves_waited": saving.waited,
         }
+        self.checkpointer.fence.check()  # one taken for dead must not write into the record either
         self.metrics.append(record)
-        if stats.skipped:
-            log.warning("step %d was skipped: its gradient is not finite", batch.step)
+        progress = self.progress
+        self.monitor.record(record, samples=progress.samples, tokens=progress.tokens)
+        if spike:
+            log.warning(
+                "step %d: the loss jumped to %.4f, %.1f robust deviations above the median of the "
+                "last %d steps; records of this rank: %s",
+                *(batch.step, stats.loss, above, len(self.spikes.recent) - 1),
+                name_records(batch.record_keys),
+            )
         if self.config.data.log_sample_ids:
             self.sample_log.append(
                 {"step": batch.step, "dataset": batch.dataset, "records": list(batch.record_ids)}

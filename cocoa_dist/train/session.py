@@ -9,16 +9,29 @@ from pathlib import Path
 import torch
 
 from cocoa_dist import distributed
-from cocoa_dist.config import RunConfig, fingerprint
+from cocoa_dist.config import RunConfig, dump_yaml, fingerprint
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.manifest import Manifest
-from cocoa_dist.metrics import METRICS_NAME, cut_back
-from cocoa_dist.runtime import Fence, StopRequest, seed_everything, write_outcome
+from cocoa_dist.monitor import Monitor
+from cocoa_dist.runtime import (
+    Fence,
+    StopRequest,
+    allow_many_files,
+    seed_everything,
+    write_outcome,
+)
 from cocoa_dist.train.build import StageParts, base_model_digest, build_parts, library_versions
-from cocoa_dist.train.checkpoint import Checkpointer, Found
+from cocoa_dist.train.checkpoint import Checkpointer
 from cocoa_dist.train.ds_config import read_ds_config
 from cocoa_dist.train.engine import TrainEngine
 from cocoa_dist.train.loop import Progress, StageEnd, StageRun
+from cocoa_dist.train.resume import (
+    hash_files_together,
+    parent_sha256,
+    refuse_other_base,
+    refuse_other_recipe,
+    resume,
+)
 
 log = logging.getLogger("cocoa_dist.train")
 
@@ -32,6 +45,15 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     quiet_known_warnings()
     torch.set_num_threads(config.runtime.threads)
     world = distributed.start(timeout_seconds=config.engine.timeout_seconds)
+    monitor = Monitor.start(
+        config,
+        stage_name,
+        run_dir=run_dir,
+        rank=world.rank,
+        world_size=world.size,
+        epoch=Fence(run_dir).epoch,
+    )
+    allow_many_files()
     seed_everything(config.seed)
     stage = config.stages[stage_name]
     checkpointer = Checkpointer(
@@ -39,8 +61,12 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         stage=stage_name,
         keep_last=config.checkpoint.keep_last,
         adapter=stage.adapter,
+        max_failed_saves=config.checkpoint.max_failed_saves,
+        recipe=dump_yaml(config),
     )
-    found = checkpointer.find()
+    with monitor.phase("restore"):
+        found = checkpointer.find()
+    refuse_other_recipe(found, config)
     parts = build_parts(config, stage_name, run_dir=run_dir)
     start_step = found.manifest.step + 1 if found.manifest else 1
     loader = StageLoader(
@@ -54,10 +80,14 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         folder=run_dir / "data",
     )
     _agree_on_plan(loader)
-    engine = build_engine(config, stage_name, parts)
     if found.manifest is not None:
         loader.plan.check_state(found.manifest.data_state)
-    _resume(checkpointer, engine, found, stage_name=stage_name, run_dir=run_dir)
+    template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
+    refuse_other_base(found, template)
+    engine = build_engine(config, stage_name, parts)
+    with monitor.phase("restore"):
+        resume(checkpointer, engine, found, config=config, stage_name=stage_name, run_dir=run_dir)
+    monitor.resumed(found.manifest)
     run = StageRun(
         config,
         stage_name,
@@ -65,9 +95,10 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         engine=engine,
         loader=loader,
         checkpointer=checkpointer,
-        template=_template(config, stage_name, parts, run_dir=run_dir, world_size=world.size),
+        template=template,
         progress=Progress.after(found.manifest),
         stop=stop,
+        monitor=monitor,
     )
     gc.freeze()  # what exists now stays; later collections look at the step's garbage alone
     end = run.train()
@@ -81,6 +112,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
             reason="; ".join([f"{run.progress.step} of {stage.steps} steps", *found.notes]),
         )
     distributed.barrier()
+    monitor.stop()
     distributed.stop()
     return end
 
@@ -98,13 +130,20 @@ def refuse_a_held_folder(run_dir: Path) -> None:
 def build_engine(config: RunConfig, stage_name: str, parts: StageParts) -> TrainEngine:
     """Wrap a stage's model. Collective: call on all ranks."""
     stage = config.stages[stage_name]
-    return TrainEngine(
+    kind = TrainEngine
+    if config.engine.kind == "fsdp2":
+        from cocoa_dist.train.fsdp2 import Fsdp2Engine  # its import takes time that others save
+
+        kind = Fsdp2Engine
+    return kind(
         parts.model,
         parts.objective,
         optimizer=stage.optimizer,
         total_steps=stage.steps,
         ds_config=read_ds_config(config.engine.ds_config),
         dtype=config.model.dtype,
+        settings=config.engine,
+        grad_cache=getattr(stage.objective, "grad_cache", None),
     )
 
 
@@ -115,39 +154,6 @@ def quiet_known_warnings() -> None:
     # peft 0.21 asks transformers 5.23 by a name that is being renamed
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # energon asks for it without a GPU
-
-
-def _resume(
-    checkpointer: Checkpointer,
-    engine: TrainEngine,
-    found: Found,
-    *,
-    stage_name: str,
-    run_dir: Path,
-) -> None:
-    """Load what was found and cut the run's record back to it. Collective."""
-    if distributed.rank() == 0:
-        for note in found.notes:
-            log.warning("%s", note)
-    if found.folder is not None and found.manifest is not None:
-        if found.manifest.world_size != distributed.world_size():
-            raise ValueError(
-                f"checkpoint {found.folder} was written by {found.manifest.world_size} processes, "
-                f"this run has {distributed.world_size()}; start it with "
-                f"--nproc {found.manifest.world_size}"
-            )
-        checkpointer.load(engine, found.folder)
-    step = found.manifest.step if found.manifest else 0
-    if distributed.rank() == 0:
-        dropped = cut_back(run_dir / METRICS_NAME, stage=stage_name, step=step)
-        for path in (
-            run_dir / "samples" / f"{stage_name}.jsonl",
-            *(run_dir / "quarantine").glob(f"{stage_name}.rank*.jsonl"),
-        ):
-            cut_back(path, stage=stage_name, step=step)
-        origin = f"from {found.folder.name}" if found.folder else "from its beginning"
-        log.info("%s goes on %s; %d recorded steps will be redone", stage_name, origin, dropped)
-    distributed.barrier()
 
 
 def _agree_on_plan(loader: StageLoader) -> None:
@@ -170,7 +176,7 @@ def _agree_on_plan(loader: StageLoader) -> None:
 def _template(
     config: RunConfig, stage_name: str, parts: StageParts, *, run_dir: Path, world_size: int
 ) -> Manifest:
-    """Return a manifest with the fields that stay the same over an incarnation."""
+    """Return a manifest with the fields that stay the same over an incarnation. Collective."""
     return Manifest(
         run=config.name,
         recipe_fingerprint=fingerprint(config),
@@ -180,10 +186,11 @@ def _template(
         complete=False,
         epoch=Fence(run_dir).epoch,
         parent=parts.parent,
+        parent_sha256=parent_sha256(run_dir, parts.parent),
         world_size=world_size,
-        engine="deepspeed_zero3",
+        engine="deepspeed_zero3" if config.engine.kind == "deepspeed" else config.engine.kind,
         versions=library_versions(),
-        base_model=base_model_digest(config),
+        base_model=base_model_digest(config, hash_files=hash_files_together),
         data_state={},
         samples=0,
         tokens=0,

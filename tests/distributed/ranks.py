@@ -12,7 +12,9 @@ import torch
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def launch(jobs: list[dict[str, object]], *, world_size: int, folder: Path) -> dict[str, dict]:
+def launch(
+    jobs: list[dict[str, object]], *, world_size: int, folder: Path, worker: Path = WORKER
+) -> dict[str, dict]:
     """Run the jobs on `world_size` processes; returns rank 0's results by job name."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs_file, out = folder / "jobs.json", folder / "out.pt"
@@ -31,7 +33,7 @@ def launch(jobs: list[dict[str, object]], *, world_size: int, folder: Path) -> d
             "DS_ACCELERATOR": "cpu",
             "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
         }
-        command = [sys.executable, str(WORKER), str(jobs_file), str(out)]
+        command = [sys.executable, str(worker), str(jobs_file), str(out)]
         with (folder / f"rank{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:

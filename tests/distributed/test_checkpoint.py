@@ -25,6 +25,7 @@ def seen(tmp_path_factory) -> dict[str, object]:
 
 
 KEPT = ["step_00000006", "step_00000008"]
+SLOW_SECONDS = 1.0  # as in checkpoint_worker.py
 
 
 @pytest.mark.slow
@@ -53,3 +54,33 @@ def test_checkpoint_that_lost_its_manifest_is_replaced(seen) -> None:
 @pytest.mark.slow
 def test_checkpoint_holds_what_its_manifest_lists_and_nothing_else(seen) -> None:
     assert seen["files"] == [*sorted([*seen["listed"], "manifest.json"])]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_committed_is_not_committed_again(seen) -> None:
+    assert "step_00000015 was committed by another incarnation" in seen["committed twice"]
+
+
+@pytest.mark.slow
+def test_failed_save_is_tried_again_at_the_next_boundary(seen) -> None:
+    assert seen["after one failure"] == [True, KEPT]
+    assert seen["after the retry"] == [False, ["step_00000008", "step_00000013"]]
+
+
+@pytest.mark.slow
+def test_training_waits_for_the_copy_alone(seen) -> None:
+    assert seen["blocked by a slow disk"] < SLOW_SECONDS / 4  # measured: some milliseconds
+    assert seen["training went on"]
+    assert seen["stored what was copied"]  # and not what training made of it since
+    assert seen["seconds"] > SLOW_SECONDS
+
+
+@pytest.mark.slow
+def test_save_that_still_runs_delays_the_next_one_and_is_counted(seen) -> None:
+    assert seen["waited"] == 1
+    assert seen["after slow saves"] == ["step_00000014", "step_00000015"]
+
+
+@pytest.mark.slow
+def test_a_save_that_is_waited_for_says_that_it_gets_on(seen) -> None:
+    assert seen["progress of four saves"] >= 4  # or the watchdog would take it for a hang

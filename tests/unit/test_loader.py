@@ -335,6 +335,19 @@ def test_state_and_fingerprint_are_the_plans(
         assert loader.fingerprint != state["plan_hash"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_generator_of_training_alone(
+    workers: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    """A resumed run starts to load at a later step; its dropout must not notice."""
+    run = config({"a": dataset}, workers=workers)
+    with open_loader(run, vocabulary, tmp_path) as loader:
+        before = torch.get_rng_state()
+        for _ in range(2):
+            loader.next_step()
+            assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "no manifest"])
 def test_a_damaged_data_set_is_named_before_the_first_step(
     damage: str, vocabulary: Vocabulary, tmp_path: Path

@@ -1,0 +1,140 @@
+"""Trying out, before the first step, what would otherwise fail in the middle of a night.
+
+A collective, a write into the run folder, room for two checkpoints, and the largest pack forward
+and backward. Leaves weights, gradients, optimizer and generators as they were: a run with it has
+the same numbers as one without.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cocoa_dist.batch import PackedBatch
+from cocoa_dist.distributed import raise_together, rank, sum_over_ranks, world_size
+from cocoa_dist.runtime import random_state, restore_random_state
+from cocoa_dist.train.engine import TrainEngine
+
+log = logging.getLogger("cocoa_dist.train")
+
+CHECKPOINTS_IN_FLIGHT = 2  # the newest stays until the one being written is whole
+_PROBE_BYTES = 64 * 1024
+_GIB = 2**30
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def preflight(
+    engine: TrainEngine,
+    *,
+    run_dir: Path,
+    keep_last: int,
+    largest_pack: Callable[[], PackedBatch] | None,
+) -> None:
+    """Try everything; rank 0 logs what it took. Collective: call on all ranks.
+
+    `largest_pack` is None where a stage goes on: its packs have been tried. Raises ValueError on
+    all ranks, naming what failed with numbers and what to change.
+    """
+    begin = time.monotonic()
+    check_collective()
+    needed = CHECKPOINTS_IN_FLIGHT * checkpoint_bytes(engine)
+    raise_together(lambda: check_write(run_dir))
+    raise_together(lambda: check_disk(run_dir, needed=needed, keep_last=keep_last))
+    parts = ["collective", "checkpoint write", f"room for {needed / _GIB:.2f} GiB"]
+    if largest_pack is not None:
+        pack = largest_pack()
+        check_largest_pack(engine, pack)
+        parts.append(f"a pack of {pack.num_tokens} tokens, {len(pack.pixel_values)} patches")
+    if rank() == 0:
+        log.info("pre-flight in %.2f s: %s", time.monotonic() - begin, ", ".join(parts))
+
+
+def check_collective() -> None:
+    """Raise ValueError unless a sum over the ranks is right. Collective: call on all ranks."""
+    size = world_size()
+    found = sum_over_ranks(torch.tensor(float(rank() + 1))).item()
+    expected = size * (size + 1) / 2
+    if found != expected:
+        raise ValueError(
+            f"pre-flight: an all-reduce of 1 to {size} gave {found:g} on rank {rank()}, expected "
+            f"{expected:g}: look at the network, or at two runs on one MASTER_PORT"
+        )
+
+
+def checkpoint_bytes(engine: TrainEngine) -> int:
+    """Return the size of one checkpoint, all ranks together. Collective: call on all ranks."""
+    return round(sum_over_ranks(torch.tensor(engine.state_bytes(), dtype=torch.float64)).item())
+
+
+def check_write(run_dir: Path) -> None:
+    """Write, sync, read back and remove a small file where checkpoints go.
+
+    Raises ValueError if the run folder does not take it.
+    """
+    path = run_dir / "checkpoints" / f".preflight.rank{rank()}"
+    content = bytes(range(256)) * (_PROBE_BYTES // 256)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        found = path.read_bytes()
+        path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"pre-flight: {path.parent} takes no file of {_PROBE_BYTES} bytes: {error}. Mend it, "
+            "or give another --run-dir"
+        ) from error
+    if found != content:
+        raise ValueError(
+            f"pre-flight: {path} read back {len(found)} bytes unlike the {len(content)} written: "
+            "do not trust this file system with checkpoints, give another --run-dir"
+        )
+
+
+def check_disk(run_dir: Path, *, needed: int, keep_last: int) -> None:
+    """Raise ValueError unless the disk has room for the checkpoints in flight (rank 0 looks)."""
+    if rank() != 0:
+        return
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise ValueError(
+            f"pre-flight: {run_dir} has {free / _GIB:.2f} GiB free, {CHECKPOINTS_IN_FLIGHT} "
+            f"checkpoints need {needed / _GIB:.2f} GiB: make room, lower checkpoint.keep_last "
+            f"(now {keep_last}), or give a --run-dir on another disk"
+        )
+
+
+def check_largest_pack(engine: TrainEngine, pack: PackedBatch) -> None:
+    """Run the pack forward and backward and forget it. Collective: call on all ranks.
+
+    Raises ValueError if memory does not suffice or the loss is not finite.
+    """
+    generators = random_state()
+    try:
+        terms = engine.accumulate([pack])
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on a host it has no class
+        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+        raise ValueError(
+            f"pre-flight: the largest pack of the stage ({pack.num_tokens} tokens, "
+            f"{len(pack.pixel_values)} patches) does not fit into memory on rank {rank()}: "
+            f"{str(error).splitlines()[0]}. Lower data.tokens_per_pack or data.patches_per_pack, "
+            "set model.checkpoint_activations=true, or engine.resident_parameters=false"
+        ) from error
+    finally:
+        restore_random_state(generators)
+    engine.discard_gradients()
+    local = sum(term.local_sum for term in terms.values())
+    total = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).item()
+    if not math.isfinite(total):
+        raise ValueError(
+            f"pre-flight: the loss of the largest pack of the stage ({pack.num_tokens} tokens) is "
+            f"{total}: are the weights the stage starts from whole, and does model.dtype hold them?"
+        )

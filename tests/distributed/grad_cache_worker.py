@@ -1,0 +1,93 @@
+"""A child process of test_grad_cache.py: a contrastive step in several modes, and its cost."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cocoa_dist import distributed
+from cocoa_dist.config import RunConfig, load_recipe
+from cocoa_dist.data.loader import StageLoader
+from cocoa_dist.runtime import seed_everything
+from cocoa_dist.train import grad_cache
+from cocoa_dist.train.build import build_parts
+from cocoa_dist.train.session import build_engine, quiet_known_warnings
+from cocoa_dist.train.traffic import counted_traffic
+
+STAGE = "contrastive"
+
+
+def main(jobs_file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    quiet_known_warnings()
+    world = distributed.start(timeout_seconds=60)
+    results = {}
+    for job in json.loads(Path(jobs_file).read_text()):
+        overrides = [f"stages.{STAGE}.init_from=model", *job["overrides"]]
+        config = load_recipe("debug", overrides)
+        results[job["name"]] = run(config, world, replay=job.get("replay", True))
+    if world.rank == 0:
+        torch.save(results, out)
+    distributed.stop()
+
+
+def run(config: RunConfig, world: distributed.World, *, replay: bool) -> dict[str, object]:
+    from deepspeed.utils import safe_get_full_grad
+
+    seed_everything(config.seed)
+    parts = build_parts(config, STAGE, run_dir=None)
+    waken(parts.model)
+    with tempfile.TemporaryDirectory() as folder:
+        loader = StageLoader(
+            config,
+            STAGE,
+            vocabulary=parts.vocabulary,
+            geometry=parts.geometry,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=1,
+            folder=Path(folder),
+        )
+        batches = [loader.next_step() for _ in range(2)]
+        loader.close()
+    engine = build_engine(config, STAGE, parts)
+    torch.manual_seed(5)
+    kept = grad_cache.GeneratorState.restore
+    if not replay:
+        grad_cache.GeneratorState.restore = lambda self: None
+    terms = engine.accumulate(batches[0].packs)
+    grad_cache.GeneratorState.restore = kept
+    drawn_next = torch.rand(4)
+    gradients = {
+        name: safe_get_full_grad(parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    engine.discard_gradients()
+    engine.train_step(batches[0].packs, step=1)
+    with counted_traffic() as traffic:
+        stats = engine.train_step(batches[1].packs, step=2)
+    found = {
+        "packs": len(batches[0].packs),
+        "sum": terms["contrastive"].local_sum,
+        "second_loss": stats.loss,
+        "drawn_next": drawn_next,
+        "gradients": {name: value for name, value in gradients.items() if value is not None},
+        "bytes": dict(traffic.bytes),
+        "calls": dict(traffic.calls),
+    }
+    engine.deepspeed.destroy()
+    return found
+
+
+def waken(model: torch.nn.Module) -> None:
+    """Give adapters' second matrices values: at zero they would hide what dropout does."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

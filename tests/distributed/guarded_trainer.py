@@ -1,0 +1,51 @@
+"""The trainer with faults: `FAULTS="kind:rank:step ..."`; kinds: loss, gradient, sleep, stop.
+
+Run like `python -m cocoa_dist.train`, one process a rank.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from cocoa_dist.objectives.reconstruction import Reconstruction
+from cocoa_dist.train import __main__ as trainer
+from cocoa_dist.train.engine import TrainEngine
+
+FAULTS = os.environ.get("FAULTS", "").split()
+step_now = 0
+whole_sums = Reconstruction.sums
+whole_step = TrainEngine.train_step
+
+
+def train_step(self, packs, *, step, extras=()):
+    global step_now
+    step_now = step
+    return whole_step(self, packs, step=step, extras=extras)
+
+
+def sums(self, outputs, packs):
+    found = whole_sums(self, outputs, packs)
+    here = f":{os.environ['RANK']}:{step_now}"
+    if f"loss{here}" in FAULTS:
+        found["text"] = found["text"] * torch.nan
+    if f"gradient{here}" in FAULTS:
+        found["text"].register_hook(lambda gradient: gradient * torch.inf)
+    if f"sleep{here}" in FAULTS:
+        fall_asleep()
+    if f"stop{here}" in FAULTS:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+
+
+def fall_asleep() -> None:
+    time.sleep(120)
+
+
+TrainEngine.train_step = train_step
+Reconstruction.sums = sums
+
+if __name__ == "__main__":
+    sys.exit(trainer.main())
