@@ -1,4 +1,4 @@
-"""The command line: run, status, stop."""
+"""The command line: run, status, stop, plan; submit, render and list for SLURM."""
 
 import argparse
 import difflib
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cocoa_dist.config import ConfigError
+from launcher.jobs_cli import JOB_COMMANDS, add_job_commands, run_job_command
+from launcher.plan import command as plan
 
 USAGE_CODE = 2
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -26,17 +28,26 @@ examples:
       where it is, how often it was restarted, how long it will take; --json for scripts
   python -m launcher stop runs/first
       save and stop for good, until the STOP file in the folder is removed
+  python -m launcher plan cocoa_qwen2_vl_2b --gpus 8 --gpu h200
+      memory, time and GPU hours of every stage, before a card is asked for
+  python -m launcher submit cocoa_qwen2_vl_2b --run-dir /scratch/runs/a --cluster site.yaml
+      queue all stages under SLURM; `render` prints the batch file instead
+  python -m launcher list /scratch/runs
+      all runs below a folder, and why they are not running
 
 exit codes of run: 0 done or stopped; 2 something to change in what was given; 93 given up
-(3 attempts in a row without a new checkpoint); 128+N interrupted by signal N after saving;
+(3 attempts in a row without a new checkpoint); 128+N interrupted by signal N after saving; in a
+SLURM job 75 to be queued again, 76 another start of the job has taken over;
 anything else is a fault of the launcher itself.
 """
-_COMMANDS = ("run", "status", "stop")
+_COMMANDS = ("run", "status", "stop", "plan", *JOB_COMMANDS)
+_WITH_OVERRIDES = ("run", "plan", "submit", "render")
 
 
 def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None = None) -> int:
     """Run a command and return its exit code; `trainer` replaces the command of a rank."""
     options = _parse(sys.argv[1:] if argv is None else argv)
+    from launcher.backend import BadInputError
     from launcher.runfolder import RunFolderError
 
     try:
@@ -44,8 +55,12 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
             return _run(options, trainer=trainer)
         if options.command == "status":
             return _status(options)
+        if options.command == "plan":
+            return _plan(options)
+        if options.command in JOB_COMMANDS:
+            return run_job_command(options)
         return _stop(options)
-    except (ConfigError, RunFolderError) as error:
+    except (ConfigError, RunFolderError, BadInputError) as error:
         return _fail(str(error), code=USAGE_CODE)
     except OSError as error:
         if error.errno in _FULL_OR_READ_ONLY:
@@ -57,37 +72,52 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
 def _run(options: argparse.Namespace, *, trainer: tuple[str, ...] | None) -> int:
     from rich.console import Console
 
-    from launcher.local import TRAINER
-    from launcher.run import BadInputError, RunRequest, run
+    from launcher.run import RunRequest, run
 
     request = RunRequest(
         recipe=options.recipe,
         overrides=tuple(options.overrides),
         run_dir=options.run_dir,
-        num_processes=options.nproc,
+        until=options.until,
     )
+    if options.backend == "slurm":
+        from launcher.in_job import run_in_job
+
+        return run_in_job(request, console=Console(), cluster_path=options.cluster)
+    from launcher.backend_local import TRAINER, LocalBackend
+
+    backend = LocalBackend(options.nproc, TRAINER if trainer is None else trainer)
+    return run(request, console=Console(), backend=backend)
+
+
+def _plan(options: argparse.Namespace) -> int:
     try:
-        return run(request, console=Console(), trainer=TRAINER if trainer is None else trainer)
-    except BadInputError as error:
+        return plan.plan(options)
+    except ValueError as error:
         return _fail(str(error), code=USAGE_CODE)
 
 
 def _status(options: argparse.Namespace) -> int:
+    from launcher.explain import job_status
     from launcher.status import read_status
 
-    status = read_status(options.run_dir)
+    job = job_status(options.run_dir)
+    live = job is not None and job.state in ("RUNNING", "COMPLETING")
+    status = read_status(options.run_dir, held_elsewhere=live)
     if options.json:
-        sys.stdout.write(json.dumps(status.as_json()) + "\n")
+        found = {**status.as_json(), "job": job.as_json() if job else None}
+        sys.stdout.write(json.dumps(found) + "\n")
         return 0
     from rich.console import Console
 
     from launcher.table import show_status
 
-    show_status(Console(), status, run_dir=options.run_dir)
+    show_status(Console(), status, run_dir=options.run_dir, job=job)
     return 0
 
 
 def _stop(options: argparse.Namespace) -> int:
+    from launcher.explain import job_status
     from launcher.runfolder import STOP_NAME, is_held, read_holder, stop_note, write_stop
     from launcher.status import read_status
 
@@ -98,6 +128,9 @@ def _stop(options: argparse.Namespace) -> int:
     known = stop_note(run_dir)
     note = write_stop(run_dir, user=_user()) if known is None else f"already {known}"
     held, holder = is_held(run_dir), read_holder(run_dir)
+    job = job_status(run_dir)
+    if job is not None and job.state in ("PENDING", "RUNNING", "COMPLETING"):
+        sys.stdout.write(f"job {job.job} {job.why}; to take it out at once: scancel {job.job}\n")
     where = f" (launcher: process {holder.pid} on {holder.host})" if holder else ""
     happens = (
         f"the ranks finish their step, save and leave{where}"
@@ -121,9 +154,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     # argparse takes positionals in one go: overrides after an option come back here.
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     unknown = [word for word in rest if word not in late]
-    if unknown or (late and options.command != "run"):
+    if unknown or (late and options.command not in _WITH_OVERRIDES):
         parser.error(f"unrecognized arguments: {' '.join(unknown or late)}")
-    if options.command == "run":
+    if late:
         options.overrides = [*options.overrides, *late]
     return options
 
@@ -136,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | status | stop")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
         help="start a run, or go on with it",
@@ -153,7 +186,13 @@ def _parser() -> argparse.ArgumentParser:
         "--run-dir", type=Path, required=True, metavar="DIR", help="folder of the run; made if new"
     )
     run.add_argument(
-        "--backend", choices=["local"], default="local", help="local: processes on this machine"
+        "--backend",
+        choices=["local", "slurm"],
+        default="local",
+        help="local: processes on this machine; slurm: tasks of the job it is called in",
+    )
+    run.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="cluster file, with --backend slurm"
     )
     run.add_argument(
         "--nproc",
@@ -162,11 +201,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes; must divide every stage's batch_size (default: %(default)s)",
     )
+    run.add_argument("--until", metavar="STAGE", help="leave after this stage")
     status = commands.add_parser("status", help="how a run stands", allow_abbrev=False)
     status.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
     status.add_argument("--json", action="store_true", help="one JSON object, for scripts")
     stop = commands.add_parser("stop", help="save and stop a run for good", allow_abbrev=False)
     stop.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
+    plan.add_arguments(
+        commands.add_parser(
+            "plan",
+            help="memory, time and cost of a recipe before a GPU is asked for",
+            description=plan.DESCRIPTION,
+            epilog=plan.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    add_job_commands(commands)
     return parser
 
 

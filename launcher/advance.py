@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cocoa_dist.config import RunConfig
-from cocoa_dist.manifest import Manifest, checkpoints
+from cocoa_dist.manifest import (
+    Manifest,
+    ManifestError,
+    read_manifest,
+    step_folder,
+    step_folders,
+)
 from launcher.runfolder import stop_note
 
 
@@ -102,17 +108,25 @@ def position(config: RunConfig, decision: Decision) -> tuple[int, int]:
 
 
 def _stage_state(run_dir: Path, *, stage: str, target_step: int) -> StageState:
-    """Take a complete checkpoint if there is one, else the newest readable one."""
+    """Take a complete checkpoint if there is one, else the newest readable one.
+
+    Only the folder of the last step can be complete: of a thousand others one manifest is read.
+    """
     newest: tuple[Path, Manifest] | None = None
     skipped: list[str] = []
-    for folder, found in checkpoints(run_dir, stage=stage):
-        if not isinstance(found, Manifest):
-            if newest is None:
-                skipped.append(str(found))
-        elif newest is None or is_complete(found):
+    last_folder = step_folder(run_dir, stage=stage, step=target_step)
+    for folder in step_folders(run_dir, stage=stage):
+        if newest is not None and folder != last_folder:
+            continue
+        try:
+            found = read_manifest(folder)
+        except ManifestError as error:
+            skipped += [str(error)] if newest is None else []
+            continue
+        if newest is None or is_complete(found):
             newest = (folder, found)
-            if is_complete(found):
-                break
+        if is_complete(found):
+            break
     return StageState(
         stage=stage,
         step=newest[1].step if newest else 0,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TAIL_BYTES = 64 * 1024
+_HUNG_CODE = 94  # of a rank's watchdog (cocoa_dist.runtime.EXIT_HUNG)
 _MAX_LINE = 300
 _MAX_LINES = 40
 _ERROR_LINE = re.compile(
@@ -15,7 +16,7 @@ _ERROR_LINE = re.compile(
 # What a rank dies of because another one is gone.
 _PEER = re.compile(
     r"(?i)closed by peer|reset by peer|connection refused|broken pipe|gloo.*(timed out|timeout)"
-    r"|recvvalue failed|nccl.*(abort|remote)"
+    r"|recvvalue failed|nccl.*(abort|remote)|waits for the other ranks|monitoredbarrier"
 )
 
 
@@ -72,6 +73,8 @@ def _tail(log: Path) -> list[str]:
 
 
 def _describe_code(code: int) -> str:
+    if code == _HUNG_CODE:
+        return "hung and ended itself"
     if code >= 0:
         return f"left with exit code {code}"
     try:

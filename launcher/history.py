@@ -20,6 +20,7 @@ from launcher.steplog import StepRecord, newest_first
 INCARNATIONS_NAME = "incarnations.jsonl"
 EPOCH_NAME = "epoch"
 _EPOCH_NUMBER = re.compile(r"^local-(\d+)-")
+_JOB_EPOCH = re.compile(r"^(\d+)\.(\d+)-\d+$")  # JOB.RESTART-N
 
 
 class Verdict(StrEnum):
@@ -143,6 +144,52 @@ def new_epoch(run_dir: Path) -> str:
     epoch = f"local-{max(numbers, default=0) + 1}-{secrets.token_hex(2)}"
     write_atomic(run_dir / EPOCH_NAME, epoch.encode())
     return epoch
+
+
+class SupersededError(RuntimeError):
+    """Another start of the run has taken it over; this one must not go on."""
+
+
+def new_job_epoch(run_dir: Path, *, name: str, last: str | None) -> str:
+    """Name a new incarnation of the start `name` (JOB.RESTART) of a job, as JOB.RESTART-N.
+
+    `last` is the epoch this launcher named before. Raises SupersededError if the `epoch` file holds
+    another one since, or one of a later start of the same job: a launcher on a node that was cut
+    off must not fence those that took over.
+    """
+    path = run_dir / EPOCH_NAME
+    current = path.read_text(encoding="utf-8") if path.is_file() else None
+    if (last is not None and current != last) or (current and _is_later(current, than=name)):
+        raise SupersededError(f"{run_dir} has been taken over by {current}; leaving it alone")
+    earlier = [item.epoch for item in read_incarnations(run_dir)] + [current or ""]
+    numbers = [int(e.rpartition("-")[2]) for e in earlier if e.startswith(f"{name}-")]
+    epoch = f"{name}-{max(numbers, default=0) + 1}"
+    write_atomic(path, epoch.encode())
+    return epoch
+
+
+def count_failures(incarnations: Sequence[Incarnation], *, stage: str, from_step: int) -> int:
+    """Count the newest crashes in a row that began at (stage, from_step), across jobs.
+
+    Interruptions are no crashes and end no row; giving up ends it, as whoever starts the run again
+    has changed something.
+    """
+    failures = 0
+    for item in reversed(incarnations):
+        if (item.stage, item.from_step) != (stage, from_step):
+            break
+        if item.verdict is Verdict.CRASH:
+            failures += 1
+        elif item.verdict not in (Verdict.LOST, Verdict.PREEMPTED, None):
+            break
+    return failures
+
+
+def _is_later(epoch: str, *, than: str) -> bool:
+    """Whether an epoch is of a later start of the same job."""
+    job, _, restart = than.rpartition(".")
+    found = _JOB_EPOCH.match(epoch)
+    return found is not None and found[1] == job and int(found[2]) > int(restart)
 
 
 def count_restarts(incarnations: Sequence[Incarnation]) -> dict[str, int]:

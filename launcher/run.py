@@ -13,26 +13,26 @@ from rich.console import Console
 
 from cocoa_dist.config import RunConfig, load_recipe, recipe_path
 from launcher.advance import Done, Start, Stopped, decide, position
+from launcher.backend import Backend, BadInputError, Ending, Order
 from launcher.history import (
+    SupersededError,
     Verdict,
     end_incarnation,
     end_lost_incarnations,
-    new_epoch,
+    read_incarnations,
     start_incarnation,
 )
-from launcher.local import TRAINER, Ending, Interrupts, Order, run_incarnation
 from launcher.progress import Display, duration, say
-from launcher.runfolder import RESOLVED_NAME, STOP_NAME, check_usable, locked, prepare
+from launcher.run_metrics import RunExporter
+from launcher.runfolder import STOP_NAME, check_usable, prepare
+from launcher.signals import Interrupts
 from launcher.steplog import Follower
 
 GIVEN_UP_CODE = 93  # NVIDIA's resiliency tools use it for "do not restart"
+REQUEUE_CODE = 75  # EX_TEMPFAIL: interrupted; the batch script queues the job again
+SUPERSEDED_CODE = 76  # another start of the job has the run
 MAX_ATTEMPTS = 3  # in a row without a new checkpoint
 _GO_ON = "the same command goes on from the last checkpoint"
-_PAUSE_SECONDS = 1.0  # between a crash and the next attempt
-
-
-class BadInputError(ValueError):
-    """Something the caller gave cannot be used; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +42,47 @@ class RunRequest:
     recipe: str  # name or path
     overrides: tuple[str, ...]
     run_dir: Path
-    num_processes: int
+    until: str | None = None  # stage after which to leave, with 0
 
 
-def run(request: RunRequest, *, console: Console, trainer: tuple[str, ...] = TRAINER) -> int:
+def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
     """Start a run or go on with it; return the exit code of the command.
 
     Raises ConfigError, RunFolderError or BadInputError for what the caller has to change; unless
     it was a rank that found it, nothing has been written then.
     """
     config = load_recipe(request.recipe, request.overrides)
-    check_num_processes(config, num_processes=request.num_processes)
+    if request.until is not None and request.until not in config.stages:
+        raise BadInputError(
+            f"--until {request.until} is not a stage of {config.name} "
+            f"(have: {', '.join(config.stages)})"
+        )
+    check_num_processes(config, num_processes=backend.world_size, option=backend.size_option)
     run_dir = request.run_dir.expanduser().absolute()
     check_usable(run_dir)
-    if not (run_dir / RESOLVED_NAME).exists():
-        check_inputs(request, trainer=trainer)
-    with Interrupts() as interrupts, locked(run_dir):
+    if not read_incarnations(run_dir):
+        check_inputs(request, trainer=backend.check_command)
+    with Interrupts() as interrupts, backend.hold(run_dir):
         adopted = prepare(run_dir, config=config, recipe_file=recipe_path(request.recipe))
         for line in adopted:
             say(console, f"changed since the last start: {line}")
         for item in end_lost_incarnations(run_dir):
             say(console, f"the last launcher was killed in stage {item.stage} ({item.epoch})")
-        session = _Session(
-            config=config,
-            run_dir=run_dir,
-            num_processes=request.num_processes,
-            trainer=trainer,
-            console=console,
-            interrupts=interrupts,
-        )
-        return session.go()
+        with RunExporter(config, run_dir, interrupts=interrupts) as exporter:
+            session = _Session(
+                config=config,
+                run_dir=run_dir,
+                backend=backend,
+                console=console,
+                interrupts=interrupts,
+                until=request.until,
+                exporter=exporter,
+            )
+            try:
+                return session.go()
+            except SupersededError as error:
+                say(console, str(error))
+                return SUPERSEDED_CODE
 
 
 def check_inputs(request: RunRequest, *, trainer: tuple[str, ...]) -> None:
@@ -82,15 +93,17 @@ def check_inputs(request: RunRequest, *, trainer: tuple[str, ...]) -> None:
     command = [*trainer, request.recipe, *request.overrides, "--check-inputs"]
     looked = subprocess.run(command, capture_output=True, text=True, check=False)
     if looked.returncode:
-        lines = looked.stderr.strip().splitlines() or [f"exit code {looked.returncode}"]
+        said = looked.stderr.strip().splitlines()
+        lines = [line for line in said if not line.startswith("srun: error: ")] or said
+        lines = lines or [f"exit code {looked.returncode}"]
         begin = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)
         raise BadInputError("\n".join(lines[begin:]).removeprefix("error: "))
 
 
-def check_num_processes(config: RunConfig, *, num_processes: int) -> None:
+def check_num_processes(config: RunConfig, *, num_processes: int, option: str = "--nproc") -> None:
     """Raise BadInputError unless the number of processes divides every stage's batch size."""
     if num_processes < 1:
-        raise BadInputError(f"--nproc is {num_processes}, expected at least 1")
+        raise BadInputError(f"{option} is {num_processes}, expected at least 1")
     sizes = {name: stage.batch_size for name, stage in config.stages.items()}
     wrong = [(name, size) for name, size in sizes.items() if size % num_processes]
     if not wrong:
@@ -105,8 +118,8 @@ def check_num_processes(config: RunConfig, *, num_processes: int) -> None:
     )
     works = " or ".join(str(n) for n in near if n is not None)
     raise BadInputError(
-        f"--nproc {num_processes} does not divide every batch size:\n{listed}\n"
-        f"use --nproc {works}, or other batch sizes"
+        f"{option} {num_processes} does not divide every batch size:\n{listed}\n"
+        f"use {option} {works}, or other batch sizes"
     )
 
 
@@ -116,39 +129,76 @@ class _Session:
 
     config: RunConfig
     run_dir: Path
-    num_processes: int
-    trainer: tuple[str, ...]
+    backend: Backend
     console: Console
     interrupts: Interrupts
+    until: str | None
+    exporter: RunExporter
 
     def go(self) -> int:
         """Walk the stages; return the exit code."""
-        failures = 0  # attempts in a row without a new checkpoint
+        failures: int | None = None  # attempts in a row without a new checkpoint
         while True:
             decision = decide(self.config, self.run_dir)
             if isinstance(decision, Done):
                 self._say(f"run '{self.config.name}' is finished: {decision.checkpoint}")
                 return 0
             if self.interrupts.count:
-                self._say(f"interrupted by {self.interrupts.signal.name}; {_GO_ON}")
-                return self.interrupts.exit_code
+                return self._interrupted()
             if isinstance(decision, Stopped):
                 self._say(f"{self.run_dir / STOP_NAME}: {decision.note}")
                 self._say(f"to go on: rm {self.run_dir / STOP_NAME}, then the same command again")
                 return 0
-            before = position(self.config, decision)
-            ending, failures = self._incarnate(before, failures=failures)
+            if self._is_past(decision.stage):
+                self._say(f"stage '{self.until}' is finished, as far as this call goes")
+                return 0
+            if failures is None:
+                failures = self.backend.failures_before(
+                    self.run_dir, stage=decision.stage, from_step=decision.from_step
+                )
+            ending, failures = self._attempt(decision, failures=failures)
             if ending.verdict is Verdict.BAD_INPUT:
                 raise BadInputError(ending.reason)
             if ending.verdict is Verdict.GIVEN_UP:
                 self._say(f"giving up: {failures} attempts in a row without a new checkpoint")
                 return GIVEN_UP_CODE
+            if ending.verdict is Verdict.PREEMPTED and self.backend.leaves_when_preempted:
+                return self._interrupted()
             if ending.verdict is Verdict.CRASH:
-                self._pause()
+                self._pause(self.backend.pause_seconds(failures))
+
+    def _is_past(self, stage: str) -> bool:
+        stages = list(self.config.stages)
+        return self.until is not None and stages.index(stage) > stages.index(self.until)
+
+    def _interrupted(self) -> int:
+        if self.interrupts.count and not self.interrupts.asks_for_requeue:
+            self._say(f"interrupted by {self.interrupts.signal.name}; {_GO_ON}")
+            return self.interrupts.exit_code
+        if not self.backend.leaves_when_preempted:
+            self._say(f"interrupted by {self.interrupts.signal.name}; {_GO_ON}")
+            return self.interrupts.exit_code
+        self._say("interrupted; to be queued again")
+        return REQUEUE_CODE
+
+    def _attempt(self, decision: Start, *, failures: int) -> tuple[Ending, int]:
+        """Make ready and run one incarnation; return its ending and the new count of failures."""
+        unready = self.backend.prepare(
+            self.config, run_dir=self.run_dir, interrupts=self.interrupts
+        )
+        if unready is None and self.interrupts.count:
+            return Ending(Verdict.FINISHED, ""), failures  # the caller looks at the signal
+        if unready is not None:
+            self._say(f"not started: {unready.reason}")
+            failures += unready.verdict is Verdict.CRASH
+            if failures >= MAX_ATTEMPTS and unready.verdict is Verdict.CRASH:
+                unready = Ending(Verdict.GIVEN_UP, unready.reason)
+            return unready, failures
+        return self._incarnate(position(self.config, decision), failures=failures)
 
     def _incarnate(self, before: tuple[int, int], *, failures: int) -> tuple[Ending, int]:
         """Run one incarnation, record it; return its ending and the new count of failures."""
-        epoch = new_epoch(self.run_dir)  # the fence first: nothing commits behind decide's back
+        epoch = self.backend.new_epoch(self.run_dir)  # the fence first: nothing commits behind us
         start = decide(self.config, self.run_dir)
         if not isinstance(start, Start):  # what it kept out had just been committed, or STOP
             return Ending(Verdict.FINISHED, ""), 0
@@ -158,15 +208,18 @@ class _Session:
             epoch=epoch,
             stage=start.stage,
             from_step=start.from_step,
-            world_size=self.num_processes,
+            world_size=self.backend.world_size,
         )
         ending = self._supervise(start, epoch=epoch)
         after = position(self.config, decide(self.config, self.run_dir))
         if ending.verdict is Verdict.FINISHED and after[0] == before[0]:
             reason = f"said '{start.stage}' is finished, but left no complete checkpoint of it"
             ending = Ending(Verdict.CRASH, reason, ending.log)
+        ending = self.backend.review(ending, config=self.config, run_dir=self.run_dir)
         failures = 0 if after > before else failures + 1
-        crashed = ending.verdict in (Verdict.CRASH, Verdict.PREEMPTED)
+        crashed = ending.verdict is Verdict.CRASH or (
+            ending.verdict is Verdict.PREEMPTED and not self.backend.leaves_when_preempted
+        )
         if crashed and failures >= MAX_ATTEMPTS and not self.interrupts.count:
             ending = Ending(Verdict.GIVEN_UP, ending.reason, ending.log)
         end_incarnation(self.run_dir, begun, verdict=ending.verdict, reason=ending.reason)
@@ -176,11 +229,11 @@ class _Session:
     def _supervise(self, start: Start, *, epoch: str) -> Ending:
         follower = Follower(self.run_dir)
         order = Order(
-            trainer=self.trainer,
+            trainer=self.backend.trainer,
             run_dir=self.run_dir,
             stage=start.stage,
             epoch=epoch,
-            world_size=self.num_processes,
+            world_size=self.backend.world_size,
             threads=self.config.runtime.threads,
         )
         with Display(
@@ -189,11 +242,13 @@ class _Session:
             from_step=start.from_step,
             target_step=start.target_step,
         ) as display:
-            return run_incarnation(
-                order,
-                interrupts=self.interrupts,
-                tick=lambda: display.update([r for r in follower.poll() if r.epoch == epoch]),
-            )
+
+            def tick() -> None:
+                display.update([r for r in follower.poll() if r.epoch == epoch])
+                self.exporter.tick()
+
+            with self.exporter.ranks(epoch):
+                return self.backend.incarnate(order, interrupts=self.interrupts, tick=tick)
 
     def _announce(self, start: Start, *, epoch: str) -> None:
         for fault in start.skipped:
@@ -201,7 +256,7 @@ class _Session:
         place = "from the start" if start.checkpoint is None else f"after step {start.from_step}"
         self._say(
             f"{start.stage}: {place} of {start.target_step} steps, "
-            f"{self.num_processes} processes, incarnation {epoch}"
+            f"{self.backend.describe()}, incarnation {epoch}"
         )
 
     def _report(self, start: Start, ending: Ending, *, seconds: float, failures: int) -> None:
@@ -216,8 +271,8 @@ class _Session:
         elif ending.verdict is not Verdict.BAD_INPUT:
             self._say(f"{start.stage}: {ending.verdict.value}{detail}")
 
-    def _pause(self) -> None:
-        deadline = time.monotonic() + _PAUSE_SECONDS
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.interrupts.count:
             time.sleep(0.05)
 

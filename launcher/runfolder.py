@@ -1,7 +1,7 @@
 """The run folder: what makes one, who holds it, and whether a recipe still fits it.
 
-`resolved.yaml` is written last, so a folder that has it is a run folder. The lock is an flock on
-`.lock`: it ends with the process that holds it, however that process dies.
+`resolved.yaml` is written last, so a folder that has it is a run folder. See claim.py for how one
+is held.
 """
 
 import fcntl
@@ -9,8 +9,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -23,15 +21,16 @@ from cocoa_dist.config import (
     fingerprint,
     load_resolved,
 )
+from cocoa_dist.events import EVENTS_NAME, SUBMITTED
 from cocoa_dist.manifest import write_atomic
+from cocoa_dist.metrics import JsonLines
 from launcher.codestate import describe_code
 
 RESOLVED_NAME = "resolved.yaml"
 STOP_NAME = "STOP"
 LOCK_NAME = ".lock"
 MIN_FREE_BYTES = 50 * 10**6
-_LOCK_WAIT_SECONDS = 1.0  # `status` holds a shared lock for an instant
-_WRITTEN_BEFORE_RESOLVED = {LOCK_NAME, "recipe.yaml", "code.txt"}
+_WRITTEN_BEFORE_RESOLVED = {LOCK_NAME, "recipe.yaml", "code.txt", "code", "submit", "logs"}
 
 
 class RunFolderError(ValueError):
@@ -44,6 +43,12 @@ class Holder(BaseModel):
     pid: int
     host: str
     since: float  # seconds since 1970
+    job: str | None = None  # SLURM job, without its restart count
+
+    @staticmethod
+    def of_this_process(*, job: str | None = None) -> "Holder":
+        """Describe this process."""
+        return Holder(pid=os.getpid(), host=socket.gethostname(), since=time.time(), job=job)
 
 
 def is_run_folder(run_dir: Path) -> bool:
@@ -89,13 +94,18 @@ def prepare(run_dir: Path, *, config: RunConfig, recipe_file: Path) -> list[str]
     Raises RunFolderError if the recipe would change the numbers of a run that has begun.
     """
     adopted: list[str] = []
-    if is_run_folder(run_dir):
+    new = not is_run_folder(run_dir)
+    if not new:
         stored = load_resolved(run_dir / RESOLVED_NAME)
         adopted = _adoptable(stored, config, run_dir=run_dir)
     record_code(run_dir)
     if adopted or not is_run_folder(run_dir):
         write_atomic(run_dir / "recipe.yaml", recipe_file.read_bytes())
         write_atomic(run_dir / RESOLVED_NAME, dump_yaml(config).encode())
+    if new:
+        diary = JsonLines(run_dir / EVENTS_NAME)
+        diary.append({"time": time.time(), "kind": SUBMITTED})
+        diary.close()
     return adopted
 
 
@@ -107,28 +117,6 @@ def record_code(run_dir: Path) -> None:
     if not known.endswith(text):
         header = f"== {timestamp(time.time())} on {socket.gethostname()}\n"
         write_atomic(path, (known + header + text).encode())
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder; creates it if need be.
-
-    Raises RunFolderError naming process, host and time if another launcher holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
-        while not _try_lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise RunFolderError(_describe_holder(run_dir))
-            time.sleep(0.05)
-        holder = Holder(pid=os.getpid(), host=socket.gethostname(), since=time.time())
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.model_dump_json().encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)  # gives the lock back
 
 
 def is_held(run_dir: Path) -> bool:
@@ -206,14 +194,3 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _describe_holder(run_dir: Path) -> str:
-    holder = read_holder(run_dir)
-    if holder is None:
-        return f"{run_dir} is in use by another launcher"
-    return (
-        f"{run_dir} is in use by process {holder.pid} on {holder.host} since "
-        f"{timestamp(holder.since)}; wait for it, or end it with "
-        f"`python -m launcher stop {run_dir}`"
-    )

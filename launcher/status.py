@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cocoa_dist.config import RunConfig, load_resolved
 from launcher.advance import Decision, Done, StageState, Start, decide, stage_states
 from launcher.history import Incarnation, Verdict, count_restarts, read_incarnations
+from launcher.ledger import read_ledger
 from launcher.runfolder import RESOLVED_NAME, is_held, require_run_folder
 from launcher.steplog import StepRecord, median_step_seconds, newest_first
 
@@ -58,7 +59,8 @@ class Status:
     epoch: str | None  # newest incarnation
     restarts: dict[str, int]  # by how the incarnation before had ended
     replayed_steps: int
-    goodput: float | None  # productive seconds / seconds since the first start (to the end if done)
+    goodput: float | None  # productive share of the wall time since the submission
+    seconds: dict[str, float]  # the wall time by cause, see ledger.py
     last_checkpoint: LastCheckpoint | None
     eta_seconds: float | None  # to the end of the run, if all steps take as long as the recent ones
     stages: tuple[StageStatus, ...]
@@ -68,14 +70,18 @@ class Status:
         return asdict(self)
 
 
-def read_status(run_dir: Path, *, now: Callable[[], float] = time.time) -> Status:
+def read_status(
+    run_dir: Path, *, held_elsewhere: bool = False, now: Callable[[], float] = time.time
+) -> Status:
     """Read how the run in `run_dir` stands.
+
+    `held_elsewhere`: a launcher is at work where its lock cannot be seen, as SLURM says.
 
     Raises RunFolderError if it is not a run folder, ConfigError if its recipe cannot be read.
     """
     require_run_folder(run_dir)
     config = load_resolved(run_dir / RESOLVED_NAME)
-    held = is_held(run_dir)
+    held = held_elsewhere or is_held(run_dir)
     decision = decide(config, run_dir)
     stages = stage_states(config, run_dir)
     current = next((state for state in stages if not state.complete), stages[-1])
@@ -88,6 +94,7 @@ def read_status(run_dir: Path, *, now: Callable[[], float] = time.time) -> Statu
     if state == "running" and _silence(recent, newest, checkpoint, now=now()) > _patience(recent):
         state = "stalled"
     step = max([current.step, *(line.step for line in after)])
+    ledger = read_ledger(run_dir, config, now=now(), live=held)
     return Status(
         run=run_dir.resolve().name,
         recipe=config.name,
@@ -98,7 +105,8 @@ def read_status(run_dir: Path, *, now: Callable[[], float] = time.time) -> Statu
         epoch=newest.epoch if newest else None,
         restarts=count_restarts(incarnations),
         replayed_steps=sum(item.replayed_steps for item in incarnations),
-        goodput=_goodput(stages, incarnations, after, done=state == "done", now=now()),
+        goodput=None if ledger.goodput is None else round(ledger.goodput, 4),
+        seconds={cause: round(spent, 2) for cause, spent in ledger.seconds.items()},
         last_checkpoint=checkpoint,
         eta_seconds=_eta(config, state, stages, recent, current=current, step=step),
         stages=tuple(
@@ -173,24 +181,6 @@ def _silence(
 def _patience(recent: Sequence[StepRecord]) -> float:
     """Return the seconds without a sign of life after which a run counts as stalled."""
     return max(MIN_STALL_SECONDS, STALL_STEPS * (median_step_seconds(recent) or 0.0))
-
-
-def _goodput(
-    stages: Sequence[StageState],
-    incarnations: Sequence[Incarnation],
-    after: Sequence[StepRecord],
-    *,
-    done: bool,
-    now: float,
-) -> float | None:
-    if not incarnations:
-        return None
-    ended = incarnations[-1].ended_at
-    until = ended if done and ended is not None else now
-    wall = until - incarnations[0].started_at
-    productive = sum(s.manifest.productive_seconds for s in stages if s.manifest is not None)
-    productive += sum(line.step_seconds for line in after)
-    return round(productive / wall, 4) if wall > 0 else None
 
 
 def _eta(

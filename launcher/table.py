@@ -6,6 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from launcher.explain import JobStatus
 from launcher.progress import duration
 from launcher.runfolder import RESOLVED_NAME, stop_note, timestamp
 from launcher.status import Status, count_quarantined
@@ -20,16 +21,20 @@ _STYLES = {
 }
 
 
-def show_status(console: Console, status: Status, *, run_dir: Path) -> None:
-    """Print facts and stages of a run."""
-    console.print(Group(_facts(status, run_dir=run_dir), _stages(status)))
+def show_status(
+    console: Console, status: Status, *, run_dir: Path, job: JobStatus | None = None
+) -> None:
+    """Print facts and stages of a run, and how its SLURM job stands if it has one."""
+    console.print(Group(_facts(status, run_dir=run_dir, job=job), _stages(status)))
 
 
-def _facts(status: Status, *, run_dir: Path) -> RenderableType:
+def _facts(status: Status, *, run_dir: Path, job: JobStatus | None) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     state = Text(status.state, style=_STYLES.get(status.state, ""))
     grid.add_row("run", Text(f"{status.run} (recipe {status.recipe})"))
     grid.add_row("state", state)
+    if job is not None:
+        grid.add_row("job", Text(f"{job.job} ({job.state}) {job.why}"))
     note = stop_note(run_dir)
     if note is not None:
         grid.add_row("STOP", Text(note))
@@ -38,8 +43,12 @@ def _facts(status: Status, *, run_dir: Path) -> RenderableType:
     restarts = ", ".join(f"{number} {reason}" for reason, number in status.restarts.items())
     grid.add_row("restarts", Text(restarts or "none"))
     grid.add_row("replayed", Text(f"{status.replayed_steps} steps"))
+    wall = sum(status.seconds.values())
     if status.goodput is not None:
-        grid.add_row("goodput", Text(f"{status.goodput:.1%}"))
+        grid.add_row("goodput", Text(f"{status.goodput:.1%} of {duration(wall)}"))
+    for cause, spent in status.seconds.items():
+        if spent > 0:
+            grid.add_row("", Text(f"{cause} {duration(spent)}, {spent / wall:.1%}"))
     last = status.last_checkpoint
     if last is not None:
         age = duration(last.age_seconds)

@@ -120,10 +120,10 @@ class Launch:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the launcher's waits in this process, and leave git alone."""
     monkeypatch.setattr("launcher.runfolder.describe_code", lambda: "commit abc\n")
-    monkeypatch.setattr("launcher.run._PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("launcher.local._SETTLE_SECONDS", 0.2)
-    monkeypatch.setattr("launcher.local._POLL_SECONDS", 0.02)
-    monkeypatch.setattr("launcher.local._TERM_SECONDS", 1.0)
+    monkeypatch.setattr("launcher.backend_local._PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("launcher.backend_local._SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr("launcher.backend_local._POLL_SECONDS", 0.02)
+    monkeypatch.setattr("launcher.backend_local._TERM_SECONDS", 1.0)
 
 
 def make_launch(folder: Path, *, stages: Sequence[str] = ("a", "b", "c")) -> Launch:

@@ -6,6 +6,7 @@ import pytest
 from launcher_harness import make_launch, put_checkpoint
 
 from cocoa_dist.config import RunConfig, load_recipe
+from cocoa_dist.manifest import read_manifest
 from launcher.advance import Done, Start, Stopped, decide, position
 
 
@@ -41,6 +42,18 @@ def test_the_first_incomplete_stage_goes_on_from_its_newest_checkpoint(
     else:
         assert isinstance(decision, Start)
         assert (decision.stage, decision.from_step, decision.target_step) == (*expected, 10)
+
+
+def test_of_many_checkpoints_one_manifest_is_read(tmp_path, config, monkeypatch):
+    for step in range(1, 10):
+        put_checkpoint(tmp_path, stage="a", step=step)
+    read = []
+    monkeypatch.setattr(
+        "launcher.advance.read_manifest",
+        lambda folder: read.append(folder) or read_manifest(folder),
+    )
+    decide(config, tmp_path)
+    assert [folder.name for folder in read] == ["step_00000009"]
 
 
 @pytest.mark.parametrize(

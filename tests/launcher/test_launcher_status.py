@@ -13,12 +13,13 @@ from launcher_harness import hurry, make_launch, put_checkpoint
 import launcher
 from cocoa_dist.config import load_recipe
 from launcher.__main__ import main
+from launcher.claim import claimed
 from launcher.history import Verdict, end_incarnation, start_incarnation
-from launcher.runfolder import locked, prepare
+from launcher.runfolder import Holder, prepare
 from launcher.status import read_status
 
 FIELDS = """run recipe state stage step target_step epoch restarts replayed_steps goodput
-last_checkpoint eta_seconds stages""".split()
+seconds last_checkpoint eta_seconds stages job""".split()
 
 
 @pytest.fixture
@@ -65,12 +66,16 @@ def test_a_running_stage_shows_step_and_time_left(run_dir):
     put_checkpoint(run_dir, stage="a", step=4)
     begin(run_dir, from_step=4)
     log(run_dir, range(5, 8))
+    beat = {"kind": "beat", "time": time.time(), "stage": "a", "epoch": "local-1-abcd", "step": 7}
+    beat |= {"steps": 3, "seconds": 1.5, "waited": 0.0, "longest": 0.5}
+    (run_dir / "events.jsonl").write_text(json.dumps(beat) + "\n")  # without the submission
     age_start(run_dir, 10)
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         status = read_status(run_dir)
     assert (status.state, status.step) == ("running", 7)
     assert status.eta_seconds == pytest.approx(23, abs=0.1)  # 3 + 10 + 10 steps of 1 s
-    assert status.goodput == pytest.approx((4 + 3 * 0.5) / 10, abs=0.02)
+    assert status.goodput == pytest.approx(3 * 0.5 / 10, abs=0.02)
+    assert sum(status.seconds.values()) == pytest.approx(10, abs=0.2)
     assert status.last_checkpoint is not None
     assert (status.last_checkpoint.stage, status.last_checkpoint.step) == ("a", 4)
 
@@ -79,7 +84,7 @@ def test_steps_of_an_earlier_incarnation_are_not_shown_as_reached(run_dir):
     put_checkpoint(run_dir, stage="a", step=4)
     log(run_dir, range(1, 8), number=1)
     begin(run_dir, from_step=4, number=2)
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         assert read_status(run_dir).step == 4
     assert read_status(run_dir).step == 4
 
@@ -89,7 +94,7 @@ def test_no_step_for_a_minute_is_a_stall(run_dir, age, state):
     begin(run_dir)
     log(run_dir, range(1, 4), age=age)
     age_start(run_dir, 200)
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         assert read_status(run_dir).state == state
 
 
@@ -101,17 +106,17 @@ def test_slow_steps_get_more_patience(run_dir):
             line = {"stage": "a", "step": step, "epoch": "local-1-abcd", "time": when}
             file.write(json.dumps(line) + "\n")
     age_start(run_dir, 1000)
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         assert read_status(run_dir).state == "running"  # 150 s < 20 steps of 10 s
 
 
 def test_a_start_without_a_step_is_no_stall_for_a_minute(run_dir):
     log(run_dir, range(1, 4), age=5000)
     begin(run_dir, number=2)
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         assert read_status(run_dir).state == "running"
     age_start(run_dir, 61)
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         assert read_status(run_dir).state == "stalled"
 
 
@@ -181,7 +186,7 @@ def test_broken_lines_anywhere_are_skipped(run_dir):
     log(run_dir, range(1, 4))
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('\n[]\n{"stage": 1}\nnull\n\x00\x00\n{"stage": "a", "st')
-    with locked(run_dir):
+    with claimed(run_dir, Holder.of_this_process()):
         assert read_status(run_dir).step == 3
 
 

@@ -16,115 +16,89 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Literal, Self
+from types import TracebackType
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
-
+from cocoa_dist.config import RunConfig
+from launcher.backend import BAD_INPUT_CODE, OUTCOME_NAME, Ending, Order, end_by_outcome
+from launcher.claim import claimed
 from launcher.faults import Departure, choose_culprit, last_lines
-from launcher.history import Verdict
-from launcher.runfolder import RESOLVED_NAME
+from launcher.history import Verdict, new_epoch
+from launcher.runfolder import Holder
+from launcher.signals import Interrupts
 
 TRAINER = (sys.executable, "-m", "cocoa_dist.train")
-OUTCOME_NAME = "outcome.json"
-BAD_INPUT_CODE = 2
 _POLL_SECONDS = 0.1
 _SETTLE_SECONDS = 0.5  # after the first death: what the others die of may be the cause
 _TERM_SECONDS = 5.0  # between TERM and KILL for the ranks that a dead one leaves behind
 _LEAVE_SECONDS = 300.0  # between the first rank that leaves with 0 and the last
-_REPEAT_SECONDS = 0.2  # a second signal within this time is the same one (TERM and HUP together)
+_PAUSE_SECONDS = 1.0  # between a crash and the next attempt
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Outcome(BaseModel):
-    """`outcome.json`: what the ranks agreed on before they left; rank 0 writes it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    epoch: str
-    stage: str
-    step: int
-    verdict: Literal["finished", "preempted", "stopped"]
-    reason: str | None = None
-
-
 @dataclass(frozen=True)
-class Order:
-    """One incarnation to run."""
+class LocalBackend:
+    """Ranks as processes of this machine; the caller starts the run again if it was told to end."""
 
-    trainer: tuple[str, ...]
-    run_dir: Path  # absolute
-    stage: str
-    epoch: str
     world_size: int
-    threads: int
-
-    def command(self) -> list[str]:
-        """Return the command line of a rank, the same for all."""
-        resolved = str(self.run_dir / RESOLVED_NAME)
-        return [*self.trainer, resolved, "--stage", self.stage, "--run-dir", str(self.run_dir)]
-
-    def environment(self, *, rank: int, port: int) -> dict[str, str]:
-        """Return the environment of one rank: the launcher's, and what the ranks agree by."""
-        return {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "COCOA_EPOCH": self.epoch,
-            "OMP_NUM_THREADS": str(self.threads),
-            "PYTHONUNBUFFERED": "1",
-        }
-
-    def log_path(self, rank: int) -> Path:
-        """Return where stdout and stderr of a rank go."""
-        return self.run_dir / "logs" / self.epoch / f"{self.stage}.rank{rank}.log"
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How an incarnation ended; `log` is the file to read first, if there is one."""
-
-    verdict: Verdict
-    reason: str
-    log: Path | None = None
-
-
-class Interrupts:
-    """Counts INT, TERM and HUP instead of dying of them, while it is entered."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.signal = signal.SIGTERM
-        self._last = 0.0
-        self._handlers: dict[signal.Signals, object] = {}
+    trainer: tuple[str, ...] = TRAINER
+    leaves_when_preempted: bool = False
+    size_option: str = "--nproc"
 
     @property
-    def exit_code(self) -> int:
-        """Return what a shell expects of a process that ended because of the signal."""
-        return 128 + self.signal
+    def check_command(self) -> tuple[str, ...]:
+        """Command that looks at the inputs of a recipe."""
+        return self.trainer
 
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # started by nohup
-            self._handlers[number] = signal.signal(number, self._receive)
-        return self
+    def describe(self) -> str:
+        """Say where the ranks run."""
+        return f"{self.world_size} processes"
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() returned
+    def hold(self, run_dir: Path) -> contextlib.AbstractContextManager[None]:
+        """Hold the run folder by a lock of this process."""
+        return claimed(run_dir, Holder.of_this_process())
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.count == 0:
-            self.signal = signal.Signals(number)
-        if self.count == 0 or now - self._last > _REPEAT_SECONDS:
-            self.count += 1
-            self._last = now
+    def new_epoch(self, run_dir: Path) -> str:
+        """Name a new incarnation."""
+        return new_epoch(run_dir)
+
+    def failures_before(self, run_dir: Path, *, stage: str, from_step: int) -> int:
+        """Return 0: whoever calls `run` again wants it tried again."""
+        return 0
+
+    def prepare(self, config: RunConfig, *, run_dir: Path, interrupts: Interrupts) -> Ending | None:
+        """Do nothing: this machine is the one the launcher runs on."""
+        return None
+
+    def incarnate(
+        self, order: Order, *, interrupts: Interrupts, tick: Callable[[], None]
+    ) -> Ending:
+        """Run an incarnation as child processes."""
+        return run_incarnation(order, interrupts=interrupts, tick=tick)
+
+    def review(self, ending: Ending, *, config: RunConfig, run_dir: Path) -> Ending:
+        """Leave it at what the ranks said."""
+        return ending
+
+    def pause_seconds(self, failures: int) -> float:
+        """Return a short pause: nothing here needs time to recover."""
+        return _PAUSE_SECONDS
+
+
+def rank_environment(order: Order, *, rank: int, port: int) -> dict[str, str]:
+    """Return the environment of one rank: the launcher's, and what the ranks agree by."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(order.world_size),
+        "LOCAL_WORLD_SIZE": str(order.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "COCOA_EPOCH": order.epoch,
+        "OMP_NUM_THREADS": str(order.threads),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def run_incarnation(order: Order, *, interrupts: Interrupts, tick: Callable[[], None]) -> Ending:
@@ -155,16 +129,7 @@ def run_incarnation(order: Order, *, interrupts: Interrupts, tick: Callable[[], 
         if ranks.failed:
             return _end_after_death(ranks, told=told)
     tick()
-    return _end_by_outcome(order)
-
-
-def read_outcome(order: Order) -> Outcome | None:
-    """Return what the ranks of this incarnation agreed on; None if they did not say."""
-    try:
-        outcome = Outcome.model_validate_json((order.run_dir / OUTCOME_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return outcome if (outcome.epoch, outcome.stage) == (order.epoch, order.stage) else None
+    return end_by_outcome(order)
 
 
 def free_port() -> int:
@@ -249,12 +214,12 @@ def _start_rank(order: Order, *, rank: int, port: int) -> subprocess.Popen[bytes
     with order.log_path(rank).open("ab") as log:
         return subprocess.Popen(
             order.command(),
-            env=order.environment(rank=rank, port=port),
+            env=rank_environment(order, rank=rank, port=port),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,
-            preexec_fn=_die_with_parent(),  # the launcher has no threads
+            preexec_fn=_die_with_parent(),  # one call, looked up before the fork
         )
 
 
@@ -327,11 +292,3 @@ def _end_of_straggler(ranks: _Ranks) -> Ending:
     rank = ranks.running()[0]
     reason = f"rank {rank} still ran {_LEAVE_SECONDS:.0f} s after rank {ranks.left[0]} had left"
     return Ending(Verdict.CRASH, reason, ranks.log_path(rank))
-
-
-def _end_by_outcome(order: Order) -> Ending:
-    outcome = read_outcome(order)
-    if outcome is None:
-        reason = f"the ranks left with 0, but {OUTCOME_NAME} has nothing of this incarnation"
-        return Ending(Verdict.CRASH, reason, order.log_path(0))
-    return Ending(Verdict(outcome.verdict), outcome.reason or "", order.log_path(0))

@@ -1,0 +1,49 @@
+"""`run --backend slurm`: the launcher inside the batch job it belongs to."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from launcher.allocation import read_allocation
+from launcher.backend_slurm import SlurmBackend
+from launcher.cluster_file import load_cluster_file
+from launcher.codecopy import copy_code, moved_on, remember_code
+from launcher.jobs import SUBMIT_DIR
+from launcher.progress import say
+from launcher.run import RunRequest, run
+from launcher.submission import record_submission
+
+
+def run_in_job(request: RunRequest, *, console: Console, cluster_path: Path | None) -> int:
+    """Start a run, or go on with it, on the nodes of this job; return the exit code.
+
+    Raises what `run` raises, and BadInputError for the cluster file or outside of a job.
+    """
+    cluster = load_cluster_file(cluster_path)
+    allocation = read_allocation(tasks_per_node=cluster.tasks_per_node)
+
+    @contextlib.contextmanager
+    def keep(run_dir: Path) -> Iterator[Path]:
+        """Keep what a later start of the job needs; give the code that ranks run."""
+        code = copy_code(run_dir)
+        remember_code(run_dir, code, job=allocation.job)
+        record_submission(run_dir, allocation)
+        kept = run_dir / SUBMIT_DIR / f"{allocation.job}.cluster.yaml"
+        if cluster_path is not None and not kept.exists():
+            shutil.copyfile(cluster_path, kept)
+        checkout = Path(os.environ.get("COCOA_ROOT") or code)
+        if moved_on(checkout, code):
+            say(console, f"{checkout} has moved on since this job was submitted: running {code}")
+        yield code
+
+    if allocation.overcommit:
+        few = f"{allocation.tasks_per_node} ranks share fewer CPUs on a node; ask for more with "
+        say(console, few + "--cpus-per-task, --cpus-per-gpu or --exclusive")
+    backend = SlurmBackend(
+        allocation=allocation, cluster=cluster, say=lambda text: say(console, text), keep=keep
+    )
+    return run(request, console=console, backend=backend)
