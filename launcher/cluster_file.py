@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from cocoa_dist.config_errors import nearest
+from cocoa_dist.config.errors import nearest
 from launcher.backend import BadInputError
 
 Positive = Annotated[int, Field(gt=0)]

@@ -1,5 +1,6 @@
 """Records that cannot be used: masked, named, counted, and bounded; and who may train where."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,16 +70,17 @@ def test_too_many_bad_records_stop_the_run_by_name(data, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_changed_data_is_noticed_at_a_resume(data, tmp_path) -> None:
-    run_dir = tmp_path / "run"
-    assert train(data, run_dir).returncode == 0
+    run_dir, own = tmp_path / "run", tmp_path / "own"
+    shutil.copytree(data, own)
+    assert train(own, run_dir).returncode == 0
     end = newest(run_dir, stage=STAGE)
     assert end is not None
     for path in end[0].rglob("*"):  # the run as it stood before its last checkpoint
         path.unlink() if path.is_file() else None
     reader = ShardReader(data)
-    other = tmp_path / "other"
-    write_shards((reader.record(i) for i in range(63)), other, info={})
-    done = train(other, run_dir)
+    shutil.rmtree(own)
+    write_shards((reader.record(i) for i in range(63)), own, info={})
+    done = train(own, run_dir)
     assert done.returncode == 2
     assert "data, seed, batch size or sources have changed" in done.stderr
 

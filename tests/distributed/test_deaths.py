@@ -1,5 +1,6 @@
 """kill -9 at every exact moment of a save, a hand-over and a load: the run that would have been."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,16 @@ def test_kill_9_during_an_elastic_load(undisturbed, tmp_path) -> None:
 
 
 def test_a_taken_over_incarnation_that_still_lives_cannot_commit(undisturbed, tmp_path) -> None:
-    """The first stands between its manifest and the rename while the second trains to the end."""
+    """The first stands between its manifest and the rename while the second trains to the end.
+
+    Its ranks are stopped meanwhile: one that runs on leaves at its next step, at the same fence.
+    """
     run_dir = tmp_path / "run"
     first = Incarnation(run_dir, moment=Moment("waits_before_rename", "0", 2), epoch="first")
     while not (run_dir / "standing").exists():
         assert all(rank.poll() is None for rank in first.ranks), first.log.read_text()
+    for rank in first.ranks:
+        rank.send_signal(signal.SIGSTOP)
     second = Incarnation(run_dir, epoch="second")
     second.finish()
     finished = end(run_dir)
@@ -105,6 +111,8 @@ def test_a_taken_over_incarnation_that_still_lives_cannot_commit(undisturbed, tm
     assert [rank.poll() for rank in first.ranks] == [None, None]  # both were alive all along
     before, steps = history(run_dir), steps_on_disk(run_dir)
     (run_dir / "go_on").touch()
+    for rank in first.ranks:
+        rank.send_signal(signal.SIGCONT)
     assert any(first.wait())
     assert "incarnation first is fenced: second runs now; not committing" in first.log.read_text()
     assert steps_on_disk(run_dir) == steps

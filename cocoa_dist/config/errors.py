@@ -9,6 +9,10 @@ from pydantic import BaseModel
 _OBJECTIVE_KINDS = {"reconstruction", "next_token", "contrastive"}  # pydantic puts them in paths
 
 
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message says what to change."""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return `, did you mean '...'?` if a known word is close, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
