@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cocoa_dist.config import ConfigError
-from launcher.jobs_cli import JOB_COMMANDS, add_job_commands, run_job_command
 from launcher.plan import command as plan
+from launcher.slurm.commands import JOB_COMMANDS, add_job_commands, run_job_command
 
 USAGE_CODE = 2
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace, *, trainer: tuple[str, ...] | None) -> int
         until=options.until,
     )
     if options.backend == "slurm":
-        from launcher.in_job import run_in_job
+        from launcher.slurm.in_job import run_in_job
 
         return run_in_job(request, console=Console(), cluster_path=options.cluster)
     from launcher.backend_local import TRAINER, LocalBackend
@@ -98,7 +98,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from launcher.explain import job_status
+    from launcher.slurm.explain import job_status
     from launcher.status import read_status
 
     job = job_status(options.run_dir)
@@ -117,8 +117,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from launcher.explain import job_status
     from launcher.runfolder import STOP_NAME, is_held, read_holder, stop_note, write_stop
+    from launcher.slurm.explain import job_status
     from launcher.status import read_status
 
     run_dir: Path = options.run_dir

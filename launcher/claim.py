@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.runfolder import LOCK_NAME, Holder, RunFolderError, read_holder, timestamp
-from launcher.scheduler import job_state
+from launcher.slurm.scheduler import job_state
 
 _LOCK_WAIT_SECONDS = 1.0  # `status` holds a shared lock for an instant
 _COMPLETING_WAIT_SECONDS = 90.0  # a job that is on its way out

@@ -6,9 +6,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launcher.explain import JobStatus
 from launcher.progress import duration
 from launcher.runfolder import RESOLVED_NAME, stop_note, timestamp
+from launcher.slurm.explain import JobStatus
 from launcher.status import Status, count_quarantined
 
 _STYLES = {

@@ -4,7 +4,8 @@ Markers and the treatment of warnings are in pyproject.toml.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import pytest
 
@@ -39,3 +40,10 @@ def _why_no_gpu() -> str:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return ""
+
+
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Undo what a test does to the environment: the next one may start processes in it."""
+    with mock.patch.dict(os.environ):
+        yield

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from cocoa_dist.config import PACKAGE_DIR
 from cocoa_dist.runtime import adopt_ranks
 from launcher.__main__ import main
-from launcher.allocation import Allocation, read_allocation
 from launcher.backend import BadInputError
 from launcher.claim import claimed
-from launcher.cluster_file import ClusterFile, load_cluster_file
-from launcher.codecopy import code_digest, copy_code, moved_on
-from launcher.explain import explain
-from launcher.health import _blame, check_health
 from launcher.history import Incarnation, SupersededError, Verdict, count_failures, new_job_epoch
-from launcher.hostlist import expand_counts, expand_hosts
-from launcher.nodes import excluded_nodes, looks_like_hardware, record_fault, request_others
 from launcher.runfolder import Holder, RunFolderError
-from launcher.scheduler import parse_job
-from launcher.step_report import read_report
-from launcher.submission import harmless
+from launcher.slurm.allocation import Allocation, read_allocation
+from launcher.slurm.cluster_file import ClusterFile, load_cluster_file
+from launcher.slurm.codecopy import code_digest, copy_code, moved_on
+from launcher.slurm.explain import explain
+from launcher.slurm.health import _blame, check_health
+from launcher.slurm.hostlist import expand_counts, expand_hosts
+from launcher.slurm.nodes import excluded_nodes, looks_like_hardware, record_fault, request_others
+from launcher.slurm.scheduler import parse_job
+from launcher.slurm.step_report import read_report
+from launcher.slurm.submission import harmless
 
 CHECKOUT = PACKAGE_DIR.parent
 

@@ -117,7 +117,7 @@ def test_bad_submissions_write_nothing(fake_cluster, capsys, arguments, words):
 
 
 def test_without_sbatch_submit_says_where_to_go(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("launcher.submit.shutil.which", lambda _: None)
+    monkeypatch.setattr("launcher.slurm.submit.shutil.which", lambda _: None)
     assert submit(tmp_path) == 2
     assert "login node" in capsys.readouterr().err
 

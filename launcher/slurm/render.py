@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cluster_file import ClusterFile
+from launcher.slurm.cluster_file import ClusterFile
 
 PIPELINE = "slurm/cocoa_pipeline.sh"
 

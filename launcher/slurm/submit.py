@@ -12,10 +12,6 @@ from pathlib import Path
 from cocoa_dist.config import RunConfig, load_recipe, recipe_path
 from cocoa_dist.manifest import write_atomic
 from launcher.backend import BadInputError
-from launcher.cluster_file import ClusterFile, load_cluster_file
-from launcher.codecopy import copy_code, running_code
-from launcher.jobs import JOBS_NAME, SUBMIT_DIR, known_jobs
-from launcher.render import JobRequest, num_tasks, render_job
 from launcher.run import check_num_processes
 from launcher.runfolder import (
     RESOLVED_NAME,
@@ -24,7 +20,11 @@ from launcher.runfolder import (
     prepare,
     read_holder,
 )
-from launcher.scheduler import job_state
+from launcher.slurm.cluster_file import ClusterFile, load_cluster_file
+from launcher.slurm.codecopy import copy_code, running_code
+from launcher.slurm.jobs import JOBS_NAME, SUBMIT_DIR, known_jobs
+from launcher.slurm.render import JobRequest, num_tasks, render_job
+from launcher.slurm.scheduler import job_state
 
 _SBATCH_SECONDS = 60.0
 

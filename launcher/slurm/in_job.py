@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher.allocation import read_allocation
-from launcher.backend_slurm import SlurmBackend
-from launcher.cluster_file import load_cluster_file
-from launcher.codecopy import copy_code, moved_on, remember_code
-from launcher.jobs import SUBMIT_DIR
 from launcher.progress import say
 from launcher.run import RunRequest, run
-from launcher.submission import record_submission
+from launcher.slurm.allocation import read_allocation
+from launcher.slurm.backend import SlurmBackend
+from launcher.slurm.cluster_file import load_cluster_file
+from launcher.slurm.codecopy import copy_code, moved_on, remember_code
+from launcher.slurm.jobs import SUBMIT_DIR
+from launcher.slurm.submission import record_submission
 
 
 def run_in_job(request: RunRequest, *, console: Console, cluster_path: Path | None) -> int:

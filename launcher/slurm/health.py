@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launcher.allocation import Allocation
-    from launcher.cluster_file import ClusterFile
+    from launcher.slurm.allocation import Allocation
+    from launcher.slurm.cluster_file import ClusterFile
 
 _WORD = b"cocoa health\n"
 _SECRET_NAME = "word"

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cocoa_dist.manifest import write_atomic
-from launcher.allocation import Allocation
 from launcher.codestate import hide_secrets
-from launcher.jobs import SUBMIT_DIR
 from launcher.runfolder import timestamp
+from launcher.slurm.allocation import Allocation
+from launcher.slurm.jobs import SUBMIT_DIR
 
 # Names whose values nobody should find in a run folder; KEY alone is in KEYBOARD, too.
 _SECRET_NAME = re.compile(

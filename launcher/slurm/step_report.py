@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.faults import Departure
-from launcher.hostlist import expand_hosts
+from launcher.slurm.hostlist import expand_hosts
 
 _TASK = re.compile(r"^srun: error: (?P<node>[\w.,\[\]-]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 _CODE = re.compile(r"^Exited with exit code (\d+)")

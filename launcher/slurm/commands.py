@@ -46,7 +46,7 @@ def run_job_command(options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace) -> int:
     """Check recipe, cluster file and run folder, keep a copy of the code, and queue the run."""
-    from launcher.submit import Submission, render, submit
+    from launcher.slurm.submit import Submission, render, submit
 
     submission = Submission(
         recipe=options.recipe,
@@ -94,7 +94,7 @@ def run_folders(folder: Path, *, depth: int = _DEPTH) -> Iterator[Path]:
 
 def describe_run(run_dir: Path) -> dict[str, Any]:
     """Return how a run and its job stand, as `status --json` prints it."""
-    from launcher.explain import job_status
+    from launcher.slurm.explain import job_status
     from launcher.status import read_status
 
     job = job_status(run_dir)

@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cocoa_dist.config import RunConfig
-from launcher.allocation import Allocation
 from launcher.backend import BAD_INPUT_CODE, OUTCOME_NAME, Ending, Order, end_by_outcome
 from launcher.claim import claimed
-from launcher.cluster_file import ClusterFile
 from launcher.faults import choose_culprit, last_error_line, last_lines
-from launcher.health import check_health
 from launcher.history import Verdict, count_failures, new_job_epoch, read_incarnations
-from launcher.nodes import excluded_nodes, looks_like_hardware, record_fault, request_others
 from launcher.runfolder import Holder
-from launcher.scheduler import show_job
 from launcher.signals import Interrupts
-from launcher.site_inputs import gone_inputs, names_an_input, wait_for_inputs
-from launcher.step_report import StepReport, read_report
+from launcher.slurm.allocation import Allocation
+from launcher.slurm.cluster_file import ClusterFile
+from launcher.slurm.health import check_health
+from launcher.slurm.nodes import excluded_nodes, looks_like_hardware, record_fault, request_others
+from launcher.slurm.scheduler import show_job
+from launcher.slurm.site_inputs import gone_inputs, names_an_input, wait_for_inputs
+from launcher.slurm.step_report import StepReport, read_report
 
 _POLL_SECONDS = 0.1
 _LEAVE_SECONDS = 300  # between the first rank that leaves with 0 and the last

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.jobs import newest_job
-from launcher.scheduler import Job, show_job
+from launcher.slurm.jobs import newest_job
+from launcher.slurm.scheduler import Job, show_job
 
 _WORDS = {
     "Resources": "waits for nodes to become free",

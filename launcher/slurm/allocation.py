@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.backend import BadInputError
-from launcher.hostlist import expand_counts, expand_hosts
+from launcher.slurm.hostlist import expand_counts, expand_hosts
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the ports that Linux gives to clients
 _STRIDE = 7

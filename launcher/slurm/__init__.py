@@ -1,0 +1,1 @@
+"""Runs, submits and explains a run under SLURM."""
