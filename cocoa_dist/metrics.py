@@ -37,7 +37,7 @@ class JsonLines:
         line = (json.dumps(record) + "\n").encode()
         written = os.write(self._descriptor, line)
         if written != len(line):
-            full = f"wrote {written} of {len(line)} bytes, no space left"
+            full = f"{os.strerror(errno.ENOSPC)} (wrote {written} of {len(line)} bytes)"
             raise OSError(errno.ENOSPC, full, str(self.path))
 
     def sync(self) -> None:
