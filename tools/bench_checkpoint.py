@@ -109,8 +109,7 @@ class Bench:
 
         from cocoa_dist import distributed
         from cocoa_dist.config import load_recipe
-        from cocoa_dist.data.loader import StageLoader
-        from cocoa_dist.train.build import build_parts
+        from cocoa_dist.train.build import build_parts, first_steps
         from cocoa_dist.train.checkpoint import Checkpointer
         from cocoa_dist.train.session import _template, build_engine, quiet_known_warnings
 
@@ -122,18 +121,8 @@ class Bench:
         parts = build_parts(config, STAGE, run_dir=None)
         self.template = _template(config, STAGE, parts, run_dir=folder, world_size=world.size)
         self.engine = build_engine(config, STAGE, parts)
-        loader = StageLoader(
-            config,
-            STAGE,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=1,
-            folder=folder / "data",
-        )
-        self.packs = loader.next_step().packs
-        loader.close()
+        first = first_steps(config, STAGE, parts, rank=world.rank, world_size=world.size)
+        self.packs = first[0].packs
         self.step_number = 0
         self.checkpointer = Checkpointer(folder, stage=STAGE, keep_last=1)
         self.group = dist.new_group(backend="gloo")

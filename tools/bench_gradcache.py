@@ -203,9 +203,8 @@ def worker(folder: Path) -> int:
 def run_turn(job: dict[str, Any], world: Any) -> dict[str, Any]:
     """Train one arm: a step to warm up, one that is counted, and timed ones."""
     from cocoa_dist.config import FROM_MODEL, load_recipe
-    from cocoa_dist.data.loader import StageLoader
     from cocoa_dist.runtime import seed_everything
-    from cocoa_dist.train.build import build_parts
+    from cocoa_dist.train.build import build_parts, first_steps
     from cocoa_dist.train.session import build_engine
     from cocoa_dist.train.traffic import counted_traffic
 
@@ -215,19 +214,9 @@ def run_turn(job: dict[str, Any], world: Any) -> dict[str, Any]:
     seed_everything(config.seed)
     parts = build_parts(config, STAGE, run_dir=None)
     engine = build_engine(config, STAGE, parts)
-    with tempfile.TemporaryDirectory() as folder:
-        loader = StageLoader(
-            config,
-            STAGE,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=1,
-            folder=Path(folder),
-        )
-        batches = [loader.next_step() for _ in range(2 + job["steps"])]
-        loader.close()
+    batches = first_steps(
+        config, STAGE, parts, count=2 + job["steps"], rank=world.rank, world_size=world.size
+    )
     engine.train_step(batches[0].packs, step=1)
     with counted_traffic() as traffic, grown_memory() as memory:
         engine.train_step(batches[1].packs, step=2)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from cocoa_dist import __version__, manifest
+from cocoa_dist.batch import StepBatch
 from cocoa_dist.config import (
     FROM_MODEL,
     ContrastiveConfig,
@@ -27,6 +29,7 @@ from cocoa_dist.config import (
     resolve_path,
 )
 from cocoa_dist.data.geometry import ImageGeometry
+from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.data.samples import Vocabulary
 from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.model.adapter import add_adapter
@@ -76,6 +79,35 @@ def build_parts(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> 
     if stage.freeze_vision:
         model.core.visual.requires_grad_(False)
     return StageParts(vocabulary, geometry, model, objective, parent)
+
+
+def first_steps(
+    config: RunConfig,
+    stage_name: str,
+    parts: StageParts,
+    *,
+    count: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[StepBatch]:
+    """Return a rank's batches of a stage's first steps, read by a loader of their own.
+
+    For rehearsals, benchmarks and tests: nothing is written into a run folder.
+    """
+    with TemporaryDirectory() as folder:
+        loader = StageLoader(
+            config,
+            stage_name,
+            vocabulary=parts.vocabulary,
+            geometry=parts.geometry,
+            rank=rank,
+            world_size=world_size,
+            start_step=1,
+            folder=Path(folder),
+        )
+        batches = [loader.next_step() for _ in range(count)]
+        loader.close()
+    return batches
 
 
 def load_vocabulary(config: ModelConfig) -> Vocabulary:

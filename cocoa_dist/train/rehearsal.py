@@ -6,16 +6,14 @@ One process, no run folder, nothing written.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from cocoa_dist import distributed
 from cocoa_dist.batch import StepBatch
 from cocoa_dist.config import FROM_MODEL, RunConfig
-from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.runtime import seed_everything
-from cocoa_dist.train.build import StageParts, build_parts
+from cocoa_dist.train.build import StageParts, build_parts, first_steps
 from cocoa_dist.train.session import build_engine, quiet_known_warnings
 
 log = logging.getLogger("cocoa_dist.train")
@@ -107,17 +105,4 @@ def _first_batch(config: RunConfig, stage_name: str, *, run_dir: Path | None) ->
         stage = stage.model_copy(update={"init_from": FROM_MODEL})
         config = config.model_copy(update={"stages": {**config.stages, stage_name: stage}})
     parts = build_parts(config, stage_name, run_dir=run_dir)
-    with TemporaryDirectory() as folder:
-        loader = StageLoader(
-            config,
-            stage_name,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=0,
-            world_size=1,
-            start_step=1,
-            folder=Path(folder),
-        )
-        batch = loader.next_step()
-        loader.close()
-    return _First(parts, batch)
+    return _First(parts, first_steps(config, stage_name, parts)[0])

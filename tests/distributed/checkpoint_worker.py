@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from cocoa_dist import distributed
 from cocoa_dist.config import load_recipe
-from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.manifest import step_folders
 from cocoa_dist.train import shards
-from cocoa_dist.train.build import build_parts
+from cocoa_dist.train.build import build_parts, first_steps
 from cocoa_dist.train.checkpoint import Checkpointer, SaveError
 from cocoa_dist.train.session import _template, build_engine, quiet_known_warnings
 
@@ -41,97 +40,118 @@ class Disk:
         return self.write(folder, name, through())
 
 
-def main(out: str) -> None:
-    quiet_known_warnings()
-    torch.set_num_threads(1)
-    distributed.start(timeout_seconds=60)
-    config = load_recipe("debug", [f"stages.{STAGE}.init_from=model"])
-    parts = build_parts(config, STAGE, run_dir=None)
-    run_dir = Path(tempfile.mkdtemp())
-    os.environ["COCOA_EPOCH"] = "first"
-    (run_dir / "epoch").write_text("first")
-    engine = build_engine(config, STAGE, parts)
-    loader = StageLoader(
-        config, STAGE, vocabulary=parts.vocabulary, geometry=parts.geometry, rank=0, world_size=1,
-        start_step=1, folder=run_dir / "data",
-    )  # fmt: skip
-    engine.train_step(loader.next_step().packs, step=1)
-    template = _template(config, STAGE, parts, run_dir=run_dir, world_size=1)
-    checkpointer = Checkpointer(run_dir, stage=STAGE, keep_last=2, max_failed_saves=1)
-    disk = shards.write_file = Disk()
-    seen: dict[str, object] = {}
-    beats: list[int] = []
-    checkpointer.on_progress = lambda: beats.append(1)
+class Saves:
+    """One process with an engine, a checkpointer and a disk that can be told to fail."""
 
-    def names() -> list[str]:
-        return sorted(path.name for path in checkpointer.root.iterdir())
+    def __init__(self) -> None:
+        config = load_recipe("debug", [f"stages.{STAGE}.init_from=model"])
+        parts = build_parts(config, STAGE, run_dir=None)
+        self.run_dir = Path(tempfile.mkdtemp())
+        os.environ["COCOA_EPOCH"] = "first"
+        self.own("first")
+        self.engine = build_engine(config, STAGE, parts)
+        first, self.second = first_steps(config, STAGE, parts, count=2)
+        self.engine.train_step(first.packs, step=1)
+        self.template = _template(config, STAGE, parts, run_dir=self.run_dir, world_size=1)
+        self.checkpointer = Checkpointer(self.run_dir, stage=STAGE, keep_last=2, max_failed_saves=1)
+        self.disk = shards.write_file = Disk()
+        self.seen: dict[str, object] = {}
+        self.beats: list[int] = []
+        self.checkpointer.on_progress = lambda: self.beats.append(1)
 
-    def save(step: int) -> str:
+    def own(self, epoch: str) -> None:
+        """Say which incarnation has the run."""
+        (self.run_dir / "epoch").write_text(epoch)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.checkpointer.root.iterdir())
+
+    def newest(self) -> Path:
+        return step_folders(self.run_dir, stage=STAGE)[0]
+
+    def save(self, step: int) -> str:
         try:
-            checkpointer.save(engine, template.model_copy(update={"step": step}))
+            manifest = self.template.model_copy(update={"step": step})
+            self.checkpointer.save(self.engine, manifest)
         except SaveError as error:
             return str(error)
         return ""
 
-    def begin(step: int) -> None:
-        checkpointer.begin(engine, template.model_copy(update={"step": step}))
+    def begin(self, step: int) -> None:
+        self.checkpointer.begin(self.engine, self.template.model_copy(update={"step": step}))
 
-    def settle() -> None:
-        while checkpointer._pending is not None:
-            checkpointer.poll()
+    def settle(self) -> None:
+        while self.checkpointer._pending is not None:
+            self.checkpointer.poll()
             time.sleep(0.01)
 
-    for step in (2, 4, 6, 8):
-        assert save(step) == ""
-    seen["kept"] = names()
-    seen["progress of four saves"] = len(beats)
-    (run_dir / "epoch").write_text("second")
-    seen["fenced"] = save(10)
-    seen["after fence"] = names()
-    (run_dir / "epoch").write_text("first")
 
-    disk.full = True
-    seen["full"] = save(12)
-    seen["after full"] = names()
-    disk.full = False
-    newest = step_folders(run_dir, stage=STAGE)[0]
+def keep_the_last_ones(saves: Saves) -> None:
+    seen = saves.seen
+    for step in (2, 4, 6, 8):
+        assert saves.save(step) == ""
+    seen["kept"] = saves.names()
+    seen["progress of four saves"] = len(saves.beats)
+    saves.own("second")
+    seen["fenced"] = saves.save(10)
+    seen["after fence"] = saves.names()
+    saves.own("first")
+
+
+def fill_the_disk(saves: Saves) -> None:
+    seen, checkpointer = saves.seen, saves.checkpointer
+    saves.disk.full = True
+    seen["full"] = saves.save(12)
+    seen["after full"] = saves.names()
+    saves.disk.full = False
+    newest = saves.newest()
     (newest / "manifest.json").unlink()
-    seen["replaced"] = save(8)
-    seen["after replacing"] = names()
+    seen["replaced"] = saves.save(8)
+    seen["after replacing"] = saves.names()
     seen["files"] = sorted(str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file())
     listed = json.loads((newest / "manifest.json").read_text())["files"]
     seen["listed"] = sorted(entry["path"] for entry in listed)
 
-    disk.full = True
-    begin(12)  # fails once, is tried again at the next boundary, stands
-    settle()
-    seen["after one failure"] = (checkpointer.must_retry, names())
-    disk.full = False
-    begin(13)
-    settle()
-    seen["after the retry"] = (checkpointer.must_retry, names())
+    saves.disk.full = True
+    saves.begin(12)  # fails once, is tried again at the next boundary, stands
+    saves.settle()
+    seen["after one failure"] = (checkpointer.must_retry, saves.names())
+    saves.disk.full = False
+    saves.begin(13)
+    saves.settle()
+    seen["after the retry"] = (checkpointer.must_retry, saves.names())
 
-    disk.slow = True
+
+def slow_the_disk(saves: Saves) -> None:
+    seen, checkpointer, engine = saves.seen, saves.checkpointer, saves.engine
+    saves.disk.slow = True
     checkpointer.take_numbers()
     before = {s.name: s.values["weight"].clone() for s in engine_slices(engine)}
-    begin(14)
-    numbers = checkpointer.take_numbers()
-    seen["blocked by a slow disk"] = numbers.blocked_seconds
-    engine.train_step(loader.next_step().packs, step=2)  # while the thread has yet to write
+    saves.begin(14)
+    seen["blocked by a slow disk"] = checkpointer.take_numbers().blocked_seconds
+    engine.train_step(saves.second.packs, step=2)  # while the thread has yet to write
     moved = {s.name: s.values["weight"] for s in engine_slices(engine)}
     seen["training went on"] = any(not torch.equal(before[n], moved[n]) for n in before)
-    begin(15)  # has to wait for 14
+    saves.begin(15)  # has to wait for 14
     seen["waited"] = checkpointer.take_numbers().waited
-    stored = load_file(step_folders(run_dir, stage=STAGE)[0] / shards.shard_name(0))
+    stored = load_file(saves.newest() / shards.shard_name(0))
     seen["stored what was copied"] = all(
         torch.equal(stored[f"weight/{name}"], value.reshape(-1)) for name, value in before.items()
     )
-    settle()
-    seen["after slow saves"] = names()
+    saves.settle()
+    seen["after slow saves"] = saves.names()
     seen["seconds"] = checkpointer.take_numbers().seconds
-    seen["committed twice"] = save(15)
-    loader.close()
-    Path(out).write_text(json.dumps(seen))
+    seen["committed twice"] = saves.save(15)
+
+
+def main(out: str) -> None:
+    quiet_known_warnings()
+    torch.set_num_threads(1)
+    distributed.start(timeout_seconds=60)
+    saves = Saves()
+    for tell in (keep_the_last_ones, fill_the_disk, slow_the_disk):
+        tell(saves)
+    Path(out).write_text(json.dumps(saves.seen))
 
 
 def engine_slices(engine):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -10,10 +9,9 @@ from worker import Job, plain
 
 from cocoa_dist import distributed
 from cocoa_dist.config import RunConfig, load_recipe
-from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train import shards
-from cocoa_dist.train.build import build_parts
+from cocoa_dist.train.build import build_parts, first_steps
 from cocoa_dist.train.session import build_engine, quiet_known_warnings
 
 
@@ -59,19 +57,9 @@ def run(config: RunConfig, job: Job, world: distributed.World, folder: Path) -> 
 def prepare(config: RunConfig, job: Job, world: distributed.World):
     seed_everything(config.seed)
     parts = build_parts(config, job.stage, run_dir=None)
-    with tempfile.TemporaryDirectory() as folder:
-        loader = StageLoader(
-            config,
-            job.stage,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=1,
-            folder=Path(folder),
-        )
-        batches = [loader.next_step() for _ in range(job.steps)]
-        loader.close()
+    batches = first_steps(
+        config, job.stage, parts, count=job.steps, rank=world.rank, world_size=world.size
+    )
     return parts, batches
 
 

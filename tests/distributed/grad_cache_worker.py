@@ -2,17 +2,15 @@
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 from cocoa_dist import distributed
 from cocoa_dist.config import RunConfig, load_recipe
-from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train import grad_cache
-from cocoa_dist.train.build import build_parts
+from cocoa_dist.train.build import build_parts, first_steps
 from cocoa_dist.train.session import build_engine, quiet_known_warnings
 from cocoa_dist.train.traffic import counted_traffic
 
@@ -39,19 +37,7 @@ def run(config: RunConfig, world: distributed.World, *, replay: bool) -> dict[st
     seed_everything(config.seed)
     parts = build_parts(config, STAGE, run_dir=None)
     waken(parts.model)
-    with tempfile.TemporaryDirectory() as folder:
-        loader = StageLoader(
-            config,
-            STAGE,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=1,
-            folder=Path(folder),
-        )
-        batches = [loader.next_step() for _ in range(2)]
-        loader.close()
+    batches = first_steps(config, STAGE, parts, count=2, rank=world.rank, world_size=world.size)
     engine = build_engine(config, STAGE, parts)
     torch.manual_seed(5)
     kept = grad_cache.GeneratorState.restore

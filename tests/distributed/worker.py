@@ -6,7 +6,6 @@ disagree.
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import torch
 
 from cocoa_dist import distributed
 from cocoa_dist.config import RunConfig, load_recipe
-from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.runtime import seed_everything
-from cocoa_dist.train.build import StageParts, build_parts
+from cocoa_dist.train.build import StageParts, build_parts, first_steps
 from cocoa_dist.train.engine import TrainEngine, learning_rate_at
 from cocoa_dist.train.session import build_engine, quiet_known_warnings
 
@@ -50,19 +48,9 @@ def run(job: Job, world: distributed.World) -> dict[str, object]:
     config = load_recipe(job.recipe, [f"stages.{job.stage}.init_from=model", *job.overrides])
     seed_everything(config.seed)
     parts = build_parts(config, job.stage, run_dir=None)
-    with tempfile.TemporaryDirectory() as folder:
-        loader = StageLoader(
-            config,
-            job.stage,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=1,
-            folder=Path(folder),
-        )
-        batches = [loader.next_step() for _ in range(job.steps)]
-        loader.close()
+    batches = first_steps(
+        config, job.stage, parts, count=job.steps, rank=world.rank, world_size=world.size
+    )
     train = zero3 if job.engine == "zero3" else plain
     return {
         "packs": len(batches[0].packs),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoa_dist.attention.backends.varlen import missing_half_gpu, run_calls
-from cocoa_dist.attention.plan import AttentionPlan, PlanCall
+from cocoa_dist.attention.backends.varlen import flash_kernel, missing_half_gpu, run_calls
+from cocoa_dist.attention.plan import AttentionPlan
 
 _HOPPER = 9
 
@@ -39,26 +39,9 @@ def run(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan, scale: float | None
 ) -> Tensor:
     """Attention by one call for each causality class, (T, H, K)."""
-    return run_calls(q_THK, k_TGK, v_TGK, plan, scale, kernel=_kernel)
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None) -> Tensor:
-    function = _flash_3() if has_flash_3(q.device) else _flash_2()
-    assert function is not None
-    out = function(
-        q,
-        k,
-        v,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k,
-        max_seqlen_q=call.max_seqlen_q,
-        max_seqlen_k=call.max_seqlen_k,
-        softmax_scale=scale,
-        causal=call.causal,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    first: Tensor = out[0] if isinstance(out, tuple) else out
-    return first
+    function = _flash_3() if has_flash_3(q_THK.device) else _flash_2()
+    assert function is not None, "`missing` was asked before"
+    return run_calls(q_THK, k_TGK, v_TGK, plan, scale, kernel=flash_kernel(function))
 
 
 @lru_cache(maxsize=1)

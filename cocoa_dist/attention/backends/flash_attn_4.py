@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoa_dist.attention.backends.varlen import missing_half_gpu, run_calls
-from cocoa_dist.attention.plan import AttentionPlan, PlanCall
+from cocoa_dist.attention.backends.varlen import flash_kernel, missing_half_gpu, run_calls
+from cocoa_dist.attention.plan import AttentionPlan
 
 _OLDEST_BACKWARD = 9  # compute capability; on Ampere it has no backward pass
 
@@ -30,26 +30,9 @@ def run(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, plan: AttentionPlan, scale: float | None
 ) -> Tensor:
     """Attention by one call for each causality class, (T, H, K)."""
-    return run_calls(q_THK, k_TGK, v_TGK, plan, scale, kernel=_kernel)
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None) -> Tensor:
     function = _function()
-    assert function is not None
-    out = function(  # by keyword: the order of its parameters has changed between releases
-        q=q,
-        k=k,
-        v=v,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k,
-        max_seqlen_q=call.max_seqlen_q,
-        max_seqlen_k=call.max_seqlen_k,
-        softmax_scale=scale,
-        causal=call.causal,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    first: Tensor = out[0] if isinstance(out, tuple) else out
-    return first
+    assert function is not None, "`missing` was asked before"
+    return run_calls(q_THK, k_TGK, v_TGK, plan, scale, kernel=flash_kernel(function))
 
 
 @lru_cache(maxsize=1)

@@ -72,6 +72,31 @@ def run_calls(
     return place_rows(outs, plan.query_rows)
 
 
+def flash_kernel(function: Any) -> Kernel:
+    """Return a flash-attention package's `flash_attn_varlen_func` as a kernel for `run_calls`.
+
+    Called by keyword: the order of its parameters has changed between releases.
+    """
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None) -> Tensor:
+        out = function(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=call.cu_seqlens_k,
+            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_k=call.max_seqlen_k,
+            softmax_scale=scale,
+            causal=call.causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+    return kernel
+
+
 def _kernel(q: Tensor, k: Tensor, v: Tensor, call: PlanCall, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
