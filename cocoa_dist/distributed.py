@@ -112,6 +112,31 @@ def gather_objects(value: Any, *, group: Any = None) -> list[Any]:
     return values
 
 
+class Exchange:
+    """Every rank's short text, sent at once and read later: nobody waits in between.
+
+    Read after a step that all ranks have done in between, it is there already.
+    """
+
+    def __init__(self, text: str, *, max_bytes: int, group: Any = None) -> None:
+        """Send `text`, at most `max_bytes` of UTF-8. Collective: call on all ranks."""
+        raw = text.encode()
+        if len(raw) > max_bytes:
+            raise ValueError(f"a message of {len(raw)} bytes, expected at most {max_bytes}")
+        sent = torch.zeros(max_bytes, dtype=torch.uint8)
+        sent[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        self._parts, self._work = [sent], None
+        if world_size() > 1:
+            self._parts = [torch.empty_like(sent) for _ in range(world_size())]
+            self._work = dist.all_gather(self._parts, sent, group=group, async_op=True)
+
+    def read(self) -> list[str]:
+        """Return every rank's text, in rank order; waits for those that have not sent theirs."""
+        if self._work is not None:
+            self._work.wait()
+        return [part.numpy().tobytes().rstrip(b"\0").decode() for part in self._parts]
+
+
 def raise_together(work: Callable[[], T]) -> T:
     """Return what `work` gives; a ValueError or OSError of any rank is raised on all. Collective.
 

@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
@@ -22,6 +23,7 @@ from cocoa_dist.config import ModelConfig
 from cocoa_dist.distributed import rank
 from cocoa_dist.inputs import check_model_folder, model_type
 from cocoa_dist.model.families import FAMILIES, Family, family_of
+from cocoa_dist.model.shell import without_weights
 
 log = logging.getLogger("cocoa_dist.model")
 
@@ -36,24 +38,22 @@ _COMPILED_KINDS = 64
 
 
 def load_backbone(
-    config: ModelConfig, *, token_ids: dict[str, int], vocabulary_size: int
+    config: ModelConfig,
+    *,
+    token_ids: dict[str, int],
+    vocabulary_size: int,
+    weights: bool = True,
 ) -> PreTrainedModel:
     """Build the backbone of a recipe on the host, with its attention routed through plans.
 
-    `token_ids`: token to id, for the special tokens of random models. Raises ValueError if the
-    folder is missing, incomplete, or of a model type that is not supported.
+    `token_ids`: token to id, for the special tokens of random models. `weights=False`: the same
+    modules with parameters on the meta device, no file of weights is opened. Raises ValueError if
+    the folder is missing, incomplete, or of a model type that is not supported.
     """
-    if config.random is not None:
-        model = FAMILIES[config.random.family].random_model(
-            config.random, token_ids=token_ids, vocabulary_size=vocabulary_size
+    with without_weights(wanted=not weights):
+        model = _backbone(
+            config, token_ids=token_ids, vocabulary_size=vocabulary_size, weights=weights
         )
-    else:
-        folder = check_model_folder(str(config.path))
-        transformers_logging.disable_progress_bar()  # one bar a rank in the logs helps nobody
-        model = FAMILIES[model_type(folder)].model_class.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), attn_implementation="eager"
-        )
-        _grow_vocabulary(model, vocabulary_size)
     model = model.to(getattr(torch, config.dtype))
     route_attention(model, backend=config.attention_backend)
     if config.checkpoint_activations:
@@ -62,6 +62,32 @@ def load_backbone(
         )
     if config.compile_layers:
         compile_layers(model)
+    return model
+
+
+def _backbone(
+    config: ModelConfig, *, token_ids: dict[str, int], vocabulary_size: int, weights: bool
+) -> PreTrainedModel:
+    """Make or load a backbone as transformers has it."""
+    if config.random is not None:
+        return FAMILIES[config.random.family].random_model(
+            config.random, token_ids=token_ids, vocabulary_size=vocabulary_size
+        )
+    folder = check_model_folder(str(config.path))
+    family, dtype = FAMILIES[model_type(folder)], getattr(torch, config.dtype)
+    model: PreTrainedModel
+    if weights:
+        transformers_logging.disable_progress_bar()  # one bar a rank in the logs helps nobody
+        try:
+            model = family.model_class.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager"
+            )
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+    else:
+        settings = family.config_class.from_pretrained(folder)
+        model = family.model_class._from_config(settings, dtype=dtype, attn_implementation="eager")
+    _grow_vocabulary(model, vocabulary_size)
     return model
 
 
@@ -255,4 +281,6 @@ def _add_at_rows(hidden_1TD: Tensor, rows_M: Tensor, features_ND: Tensor) -> Ten
 def _grow_vocabulary(model: PreTrainedModel, vocabulary_size: int) -> None:
     """Released models have spare rows; only a vocabulary beyond them needs new ones."""
     if vocabulary_size > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(vocabulary_size)
+        # Drawn around the mean of the old rows; on the meta device there is nothing to average.
+        meta = model.get_input_embeddings().weight.is_meta
+        model.resize_token_embeddings(vocabulary_size, mean_resizing=not meta)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput as TransformersOutput
 
 from cocoa_dist.batch import PackedBatch
+from cocoa_dist.model.adapter import NewTokenRows
 from cocoa_dist.model.backbone import vision_inputs
 from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, pool
 
@@ -36,10 +37,29 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        self.new_tokens: NewTokenRows | None = None
         if heads.patch_values:
             self.patch_decoder = PatchDecoder(
                 self.core.language_model, patch_values=heads.patch_values
             )
+
+    def add_new_tokens(self, *, first: int, count: int) -> None:
+        """Train `count` rows of the input embedding beside a frozen backbone, from id `first` on.
+
+        Raises ValueError if the embedding has fewer rows.
+        """
+        embedding: Any = self.backbone.get_input_embeddings()
+        if first + count > embedding.num_embeddings:
+            raise ValueError(
+                f"new tokens have ids {first} to {first + count - 1}, the model embeds only "
+                f"{embedding.num_embeddings} tokens: load it with a vocabulary that has them"
+            )
+        self.new_tokens = NewTokenRows(
+            first=first,
+            count=count,
+            width=embedding.embedding_dim,
+            dtype=embedding.weight.dtype,
+        )
 
     @property
     def core(self) -> Any:
@@ -71,6 +91,8 @@ class EmbeddingModel(nn.Module):
     def _embed(self, batch: PackedBatch, visual_MD: Tensor) -> Tensor:
         """Token embeddings (T, D) with the visual tokens put in their rows."""
         tokens_TD: Tensor = self.core.language_model.embed_tokens(batch.input_ids)
+        if self.new_tokens is not None:
+            tokens_TD = self.new_tokens(tokens_TD, batch.input_ids)
         used = len(batch.image_rows)
         filled_TD = tokens_TD.index_copy(0, batch.image_rows, visual_MD[:used].to(tokens_TD.dtype))
         filler = 0.0 * visual_MD[used:].sum()  # it keeps its place in backward

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
@@ -36,6 +36,7 @@ from cocoa_dist.model.adapter import add_adapter
 from cocoa_dist.model.backbone import load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.model.families import SPECIAL_TOKENS, family_of
+from cocoa_dist.model.shell import reserve_memory, without_weights
 from cocoa_dist.objectives.base import Objective
 from cocoa_dist.objectives.contrastive import Contrastive
 from cocoa_dist.objectives.reconstruction import Reconstruction
@@ -55,10 +56,14 @@ class StageParts:
     parent: str | None  # checkpoint the weights come from, relative to the run folder
 
 
-def build_parts(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> StageParts:
+def build_parts(
+    config: RunConfig, stage_name: str, *, run_dir: Path | None, weights: bool = True
+) -> StageParts:
     """Build a stage's parts on the host, equal on every rank.
 
-    Raises ValueError, naming the part, if the base model or the earlier stage is not there.
+    `weights=False`: the model's parameters are memory that was never touched, for an engine that
+    fills them from rank 0. Raises ValueError, naming the part, if the base model or the earlier
+    stage is not there.
     """
     stage = config.stages[stage_name]
     torch.manual_seed(config.seed)
@@ -67,17 +72,27 @@ def build_parts(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> 
         config.model,
         token_ids=special_token_ids(config.model),
         vocabulary_size=vocabulary.size,
+        weights=weights,
     )
     geometry = image_geometry(backbone)
     objective = build_objective(stage, geometry=geometry)
-    model = EmbeddingModel(backbone, objective.heads)
+    with without_weights(wanted=not weights):
+        model = EmbeddingModel(backbone, objective.heads)
     parent = None
     if stage.init_from != FROM_MODEL:
-        parent = _load_stage_end(model, stage.init_from, run_dir=run_dir)
+        run_dir = _required(run_dir, init_from=stage.init_from)
+        end, _ = manifest.stage_end(run_dir, stage=stage.init_from, only=(WEIGHTS_NAME,))
+        parent = str(end.relative_to(run_dir))
+        if weights:
+            load_weights(model, end / WEIGHTS_NAME)
     if stage.adapter is not None:  # after the weights: an adapter begins on what was merged
-        model.backbone = add_adapter(backbone, stage.adapter)
+        with without_weights(wanted=not weights):
+            model.backbone = add_adapter(backbone, stage.adapter)
+        if vocabulary.new:
+            model.add_new_tokens(first=vocabulary.new.start, count=len(vocabulary.new))
     if stage.freeze_vision:
         model.core.visual.requires_grad_(False)
+    reserve_memory(model)
     return StageParts(vocabulary, geometry, model, objective, parent)
 
 
@@ -156,23 +171,22 @@ def build_objective(stage: StageConfig, *, geometry: ImageGeometry) -> Objective
 
 
 def load_weights(model: EmbeddingModel, path: Path) -> None:
-    """Put the weights of a stage's end into `model`.
+    """Put the weights of a stage's end into `model`, one parameter at a time.
 
     Raises ValueError naming the parameters that do not fit.
     """
-    weights = load_file(path)
     wanted = dict(model.named_parameters())
-    for fault, names in (
-        ("lacks", wanted.keys() - weights.keys()),
-        ("has, unknown here,", weights.keys() - wanted.keys()),
-    ):
-        unfit = sorted(name for name in names if not name.startswith(_FRESH_PARTS))
-        if unfit:
-            raise ValueError(f"{path} {fault} {len(unfit)} parameters, first {unfit[0]}")
-    with torch.no_grad():
-        for name, value in weights.items():
-            if name in wanted:
-                wanted[name].copy_(value)
+    with safe_open(path, framework="pt") as weights, torch.no_grad():
+        found = set(weights.keys())
+        for fault, names in (
+            ("lacks", wanted.keys() - found),
+            ("has, unknown here,", found - wanted.keys()),
+        ):
+            unfit = sorted(name for name in names if not name.startswith(_FRESH_PARTS))
+            if unfit:
+                raise ValueError(f"{path} {fault} {len(unfit)} parameters, first {unfit[0]}")
+        for name in found & wanted.keys():
+            wanted[name].copy_(weights.get_tensor(name))
 
 
 def base_model_digest(
@@ -203,12 +217,10 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _load_stage_end(model: EmbeddingModel, stage: str, *, run_dir: Path | None) -> str:
-    """Load the end of an earlier stage; return its checkpoint relative to the run folder."""
+def _required(run_dir: Path | None, *, init_from: str) -> Path:
     if run_dir is None:
         raise ValueError(
-            f"the stage starts from stage '{stage}': give the --run-dir of a run that finished it"
+            f"the stage starts from stage '{init_from}': give the --run-dir of a run that "
+            "finished it"
         )
-    folder, _ = manifest.stage_end(run_dir, stage=stage, only=(WEIGHTS_NAME,))
-    load_weights(model, folder / WEIGHTS_NAME)
-    return str(folder.relative_to(run_dir))
+    return run_dir

@@ -1,20 +1,22 @@
 """Saves and loads the checkpoints of one stage while the stage goes on training.
 
-A save copies this rank's state to the host, which is all that training waits for; a thread writes,
-hashes and syncs it. At later step boundaries the ranks tell each other how far they are, on a group
-of their own and from the main thread alone; when all have written, rank 0's thread commits. A save
-that fails is reported and tried again; older checkpoints are never touched before a newer one is
-whole.
+A thread copies this rank's state to the host, then writes, hashes and syncs it. Forward and
+backward passes go on beside it: they read the weights and leave them alone. Only the next optimizer
+step has to wait for the copy. At step boundaries the ranks tell each other how far they are, on a
+group of their own and from the main thread alone, and read at the next boundary what was told at
+this one, so that nobody waits for that either; when all have written, rank 0's thread commits. A
+save that fails is reported and tried again; older checkpoints are never touched before a newer one
+is whole.
 """
 
-import hashlib
 import io
+import json
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,11 +25,11 @@ from torch import Tensor
 from cocoa_dist import distributed
 from cocoa_dist import manifest as manifests
 from cocoa_dist.config import AdapterConfig
-from cocoa_dist.distributed import gather_objects, rank, sum_over_ranks, world_size
+from cocoa_dist.distributed import Exchange, rank, world_size
 from cocoa_dist.manifest import FileEntry, Manifest
 from cocoa_dist.metrics import JsonLines
 from cocoa_dist.model.adapter import merge_adapter
-from cocoa_dist.runtime import Fence, random_state, restore_random_state, seed_everything
+from cocoa_dist.runtime import Fence, random_state, restore_random_state, seed_rank
 from cocoa_dist.train import commit as commits
 from cocoa_dist.train import shards
 from cocoa_dist.train.commit import Fault, SaveError
@@ -41,6 +43,7 @@ log = logging.getLogger("cocoa_dist.train")
 WEIGHTS_NAME = "weights.safetensors"
 RECIPE_NAME = "resolved.yaml"
 _LOOK_SECONDS = 0.2  # between two looks at a save that is waited for
+_TOLD_BYTES = 8192  # of a rank at a boundary: four files of 200 bytes, or a fault
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,40 @@ class Found:
 class SaveNumbers:
     """What saving cost since the last look."""
 
-    blocked_seconds: float  # training stood still: copies, looks at boundaries, waiting
-    seconds: float | None  # from the copy to the rename, of the save that was committed
+    blocked_seconds: float  # training stood still: for copies, at boundaries, for the save before
+    seconds: float | None  # from begin to rename, of the save that was committed; rank 0 knows
     waited: int  # saves of this incarnation that had to wait for the one before
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank did for a save, or why it could not."""
+    """How far a rank is with its part of a save; `done`: its files, or why there are none."""
 
+    written: int  # bytes
+    done: bool = False
     files: tuple[FileEntry, ...] = ()
     fault: Fault | None = None
+
+    def as_text(self) -> str:
+        """Return it for the other ranks."""
+        files = [entry.model_dump() for entry in self.files]
+        fault = asdict(self.fault) if self.fault else None
+        return json.dumps([self.written, self.done, files, fault])
+
+    @staticmethod
+    def from_text(text: str) -> "_Part":
+        """Return what another rank told."""
+        written, done, files, fault = json.loads(text)
+        entries = tuple(FileEntry(**entry) for entry in files)
+        return _Part(written, done, entries, Fault(**fault) if fault else None)
 
 
 class _Job:
     """One piece of work in a thread; a fault is kept for the ranks to agree on."""
 
     def __init__(self, work: Callable[["_Job"], tuple[FileEntry, ...]]) -> None:
-        self.part: _Part | None = None
-        self.bytes = 0  # written so far
+        self.copied = threading.Event()  # the live weights are no longer needed
+        self._part = _Part(written=0)
         self._work = work
         # A thread, not a process: hashing and writing release the interpreter lock, the copy need
         # not be in shared memory, and it dies with its rank. Training is as fast beside either
@@ -82,16 +100,24 @@ class _Job:
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def part(self) -> _Part:
+        """How far it is."""
+        return self._part
+
     def _run(self) -> None:
         try:
-            self.part = _Part(files=self._work(self))
+            files = self._work(self)
+            self._part = _Part(self._part.written, done=True, files=files)
         except Exception as error:  # carried to the main thread, which raises or tries again
-            self.part = _Part(fault=Fault.of(error))
+            self._part = _Part(self._part.written, done=True, fault=Fault.of(error))
+        finally:
+            self.copied.set()
 
     def counted(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         for chunk in chunks:
             yield chunk
-            self.bytes += len(chunk)
+            self._part = _Part(self._part.written + len(chunk))
 
     def join(self, *, timeout: float) -> None:
         self._thread.join(timeout)
@@ -105,8 +131,10 @@ class _Pending:
     final: Path
     manifest: Manifest
     job: _Job
+    told: Exchange | None = None  # what the ranks told at the last boundary, not read yet
     committing: bool = False
     began: float = field(default_factory=time.monotonic)
+    renamed: float | None = None  # on rank 0: when it became a checkpoint
 
 
 class Checkpointer:
@@ -138,7 +166,8 @@ class Checkpointer:
         self._host = shards.HostCopy()
         self._refused: frozenset[str] = frozenset()
         self._pending: _Pending | None = None
-        self._attempts = self._failures = self._waited = self._moved = 0
+        self._attempts = self._failures = self._waited = 0
+        self._moved = (0, 0)  # bytes written and ranks done, as told last
         self._blocked = 0.0
         self._seconds: float | None = None
 
@@ -149,7 +178,7 @@ class Checkpointer:
     def begin(
         self, engine: TrainEngine, manifest: Manifest, *, logs: Sequence[JsonLines] = ()
     ) -> None:
-        """Start a save; training goes on when the copy is made. Collective: call on all ranks.
+        """Start a save; the next optimizer step waits for its copy. Collective: call on all ranks.
 
         `logs` are made durable before the manifest: a checkpoint never knows more than the record.
         Waits for a save that is still running. Raises SaveError on every rank as `poll` does.
@@ -164,9 +193,17 @@ class Checkpointer:
         staging = commits.staging_folder(
             self.root, final, epoch=self.fence.epoch, attempt=self._attempts
         )
+        engine.before_update = self.wait_for_copy
         write = self._writer(engine, staging, logs=logs, with_weights=manifest.complete)
         self._pending = _Pending(staging, final, manifest, _Job(write), began=started)
         self._blocked += time.monotonic() - started
+
+    def wait_for_copy(self) -> None:
+        """Wait until the save on its way has copied the weights as they were."""
+        if self._pending is not None and not self._pending.job.copied.is_set():
+            started = time.monotonic()
+            self._pending.job.copied.wait()
+            self._blocked += time.monotonic() - started
 
     def poll(self) -> None:
         """Take a running save as far as it goes without waiting. Collective: call on all ranks.
@@ -229,20 +266,20 @@ class Checkpointer:
             state = torch.load(folder / _random_name(rank()), weights_only=True)
             restore_random_state(state)
             return
-        key = f"{seed}/{self.stage}/{found.manifest.step}/{rank()}"
-        digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
-        seed_everything(int.from_bytes(digest, "little"))
+        seed_rank(seed, stage=self.stage, step=found.manifest.step, rank=rank())
 
     def _writer(
         self, engine: TrainEngine, staging: Path, *, logs: Sequence[JsonLines], with_weights: bool
     ) -> Callable[[_Job], tuple[FileEntry, ...]]:
-        """Copy all that this rank saves, and return what writes it. Collective."""
-        shard = engine.snapshot(self._host)
+        """Find all that this rank saves, and return what copies and writes it. Collective."""
+        live = engine.live_state()
         generators = random_state()
         weights = self._merged_weights(engine) if with_weights else None
         this_rank = rank()
 
         def write(job: _Job) -> tuple[FileEntry, ...]:
+            shard = self._host.take(live)
+            job.copied.set()
             commits.check_fence(self.fence)
             for lines in logs:
                 lines.sync()
@@ -277,19 +314,30 @@ class Checkpointer:
             self._advance()
 
     def _advance(self) -> None:
-        """Tell the ranks how far this one is, and do what follows from it. Collective."""
+        """Do what follows from what the ranks told at the last boundary, and tell anew. Collective.
+
+        What is decided here depends on what was told alone, so all ranks decide alike.
+        """
         pending = self._pending
         assert pending is not None, "no save is on its way"
-        part = pending.job.part
-        look = torch.tensor([int(part is not None), pending.job.bytes])
-        done, moved = sum_over_ranks(look, group=self._group).tolist()
+        if pending.told is not None:
+            parts = [_Part.from_text(text) for text in pending.told.read()]
+            pending.told = None
+            self._report(parts)
+            if all(part.done for part in parts):
+                self._all_done(pending, parts)
+                return
+        text = pending.job.part.as_text()
+        pending.told = Exchange(text, max_bytes=_TOLD_BYTES, group=self._group)
+
+    def _report(self, parts: Sequence[_Part]) -> None:
+        moved = sum(part.written for part in parts), sum(part.done for part in parts)
         if moved != self._moved:
             self._moved = moved
             self.on_progress()
-        if done < world_size():
-            return
-        assert part is not None, "it is done on all ranks"
-        parts: list[_Part] = gather_objects(part, group=self._group)
+
+    def _all_done(self, pending: _Pending, parts: Sequence[_Part]) -> None:
+        """Commit what all ranks have written; or end a save that was committed, or failed."""
         fault = next((part.fault for part in parts if part.fault), None)
         if fault is not None:
             self._failed(fault, pending)
@@ -300,7 +348,7 @@ class Checkpointer:
             pending.committing = True
         else:
             self._pending, self._failures = None, 0
-            self._seconds = time.monotonic() - pending.began
+            self._seconds = (pending.renamed or time.monotonic()) - pending.began
             if rank() == 0:
                 log.info("saved %s in %.2f s", pending.final.name, self._seconds)
             self.on_saved(pending.final)
@@ -315,6 +363,7 @@ class Checkpointer:
                 fence=self.fence,
                 refused=self._refused,
             )
+            pending.renamed = time.monotonic()
             commits.retire(
                 self.run_dir, stage=self.stage, newest=pending.final, keep_last=self.keep_last
             )

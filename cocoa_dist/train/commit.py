@@ -19,8 +19,9 @@ from cocoa_dist.train.shards import SHARD_FOLDER
 
 log = logging.getLogger("cocoa_dist.train")
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _STAGING = ".staging-"
+_REASON_LETTERS = 1000  # a fault has to fit into a message between ranks
 
 
 class SaveError(RuntimeError):
@@ -28,7 +29,7 @@ class SaveError(RuntimeError):
 
     def __init__(self, reason: str, *, no_room: bool) -> None:
         super().__init__(reason)
-        self.no_room = no_room  # the disk is full or read-only: no use in trying again
+        self.no_room = no_room  # full, read-only or forbidden: somebody has to see to it
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Fault:
         trouble = isinstance(error, OSError)
         number = getattr(error, "errno", None)
         text = str(error) if trouble or isinstance(error, FencedError) else repr(error)
-        return Fault(text, no_room=number in NO_ROOM, final=not trouble)
+        return Fault(text[:_REASON_LETTERS], no_room=number in NO_ROOM, final=not trouble)
 
 
 class FencedError(RuntimeError):

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +70,12 @@ class TrainEngine:
         self.total_steps = total_steps
         self.settings = settings or EngineConfig()
         self.grad_cache = grad_cache or GradCacheConfig()
+        self.before_update: Callable[[], None] = lambda: None  # the last that reads the old weights
         self.residency = decide_residency(self.settings.resident_parameters, model)
         self._wrap(model, mechanics=ds_config, dtype=dtype)
 
     def _wrap(self, model: nn.Module, *, mechanics: Mapping[str, Any], dtype: str) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         resolved = build_ds_config(
             mechanics,
             max_grad_norm=self.optimizer_config.max_grad_norm,
@@ -110,6 +111,7 @@ class TrainEngine:
         summed = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).tolist()
         parts = {n: s / t.count for (n, t), s in zip(terms.items(), summed, strict=False)}
         loss = sum(self.objective.weights[name] * part for name, part in parts.items())
+        self.before_update()
         skipped = self._apply() if math.isfinite(loss) else self._leave_out()
         return StepStats(
             loss=loss,
@@ -221,16 +223,19 @@ class TrainEngine:
         trained = sum(part.values[zero_state.WEIGHT].nbytes for part in slices)
         return 3 * trained + sum(buffer.nbytes for buffer in buffers)
 
-    def snapshot(self, host: shards.HostCopy) -> shards.Snapshot:
-        """Copy this rank's part of the state of training to the host, between two steps."""
+    def weights_bytes(self) -> int:
+        """Return how large the whole model's weights are at a stage's end: float32, on rank 0."""
+        return 4 * zero_state.num_weights(self.module)
+
+    def live_state(self) -> shards.LiveState:
+        """Return this rank's part of the state of training, good until the next optimizer step."""
         buffers = zero_state.persistent_buffers(self.module) if rank() == 0 else {}
-        return shards.snapshot(
+        return shards.live_state(
             zero_state.parameter_slices(self.deepspeed, self.module),
             buffers=buffers,
             counters=zero_state.counters(self.deepspeed),
             rank=rank(),
             world_size=world_size(),
-            host=host,
         )
 
     def load(self, folder: Path, *, written_by: int) -> None:
@@ -260,7 +265,7 @@ class TrainEngine:
         Gathers one parameter at a time. Tied weights appear once, under their first name.
         Collective: call on all ranks.
         """
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         keep = torch.distributed.get_rank() == 0
         weights: dict[str, Tensor] = {}
         for name, parameter in self.module.named_parameters():
@@ -306,15 +311,23 @@ def _is_about_us(record: logging.LogRecord) -> bool:
     return "unknown inputs or outputs type" not in record.getMessage()
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """Import DeepSpeed quietly; on CPU keep it from compiling its shared-memory collective."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
         import deepspeed.ops
+        from deepspeed.runtime import compiler
         from deepspeed.utils import logger
 
+        # ZeRO-3 imports its Muon, whose @torch.compile imports the whole of inductor: 1.2 s a rank
+        # for an optimizer that nobody here uses, and that runs without being compiled as well.
+        wanted, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+        try:
+            import deepspeed.runtime.zero.muon.original_muon
+        finally:
+            compiler.compile = wanted
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_about_us)
     # It is built with a C++ compiler at start, about half a minute; gloo needs none.

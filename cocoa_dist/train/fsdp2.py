@@ -31,7 +31,6 @@ class Fsdp2Engine(TrainEngine):
 
     def _wrap(self, model: nn.Module, *, mechanics: Mapping[str, Any], dtype: str) -> None:
         """Shard the model; `mechanics` are DeepSpeed's and not read."""
-        model.float()  # the sharded copy is the one the optimizer moves
         keep = self.residency.resident
         device = "cuda" if torch.cuda.is_available() else "cpu"
         options: dict[str, Any] = {
@@ -43,9 +42,10 @@ class Fsdp2Engine(TrainEngine):
             ),
         }
         core: Any = model.core
-        for block in [*core.language_model.layers, *core.visual.blocks]:
-            fully_shard(block, reshard_after_forward=not keep, **options)
-        fully_shard(model, reshard_after_forward=not keep, **options)
+        for part in [*core.language_model.layers, *core.visual.blocks, model]:
+            _receive(part)
+            part.float()  # the sharded copy is the one the optimizer moves
+            fully_shard(part, reshard_after_forward=not keep, **options)
         self.model: Any = model.train()
         self.optimizer = adamw(model, self.optimizer_config)
         self.steps_taken = self.steps_skipped = 0
@@ -109,8 +109,8 @@ class Fsdp2Engine(TrainEngine):
         trained = sum(part.values[WEIGHT].nbytes for part in self._slices())
         return 3 * trained + sum(b.nbytes for b in persistent_buffers(self.module).values())
 
-    def snapshot(self, host: shards.HostCopy) -> shards.Snapshot:
-        """Copy this rank's part of the state of training to the host, between two steps."""
+    def live_state(self) -> shards.LiveState:
+        """Return this rank's part of the state of training, good until the next optimizer step."""
         buffers = persistent_buffers(self.module) if rank() == 0 else {}
         steps = Counters(
             optimizer_steps=self._optimizer_steps(),
@@ -118,13 +118,12 @@ class Fsdp2Engine(TrainEngine):
             global_samples=0,
             skipped_steps=self.steps_skipped,
         )
-        return shards.snapshot(
+        return shards.live_state(
             self._slices(),
             buffers=buffers,
             counters=steps,
             rank=rank(),
             world_size=world_size(),
-            host=host,
         )
 
     def load(self, folder: Path, *, written_by: int) -> None:
@@ -177,6 +176,13 @@ class Fsdp2Engine(TrainEngine):
             values = {kind: _flat(tensor) for kind, tensor in tensors.items()}
             found.append(ParameterSlice(name, tuple(parameter.shape), start, stop, values))
         return found
+
+
+def _receive(module: nn.Module) -> None:
+    """Fill what is not sharded yet from rank 0: the others may have built no weights."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            torch.distributed.broadcast(parameter.detach(), 0)
 
 
 def _range(parameter: DTensor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib
 import logging
 import warnings
 from pathlib import Path
@@ -18,12 +19,13 @@ from cocoa_dist.runtime import (
     StopRequest,
     allow_many_files,
     seed_everything,
+    seed_rank,
     write_outcome,
 )
 from cocoa_dist.train.build import StageParts, base_model_digest, build_parts, library_versions
-from cocoa_dist.train.checkpoint import Checkpointer
+from cocoa_dist.train.checkpoint import Checkpointer, Found
 from cocoa_dist.train.ds_config import read_ds_config
-from cocoa_dist.train.engine import TrainEngine
+from cocoa_dist.train.engine import TrainEngine, import_deepspeed
 from cocoa_dist.train.loop import Progress, StageEnd, StageRun
 from cocoa_dist.train.resume import (
     hash_files_together,
@@ -67,7 +69,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     with monitor.phase("restore"):
         found = checkpointer.find()
     refuse_other_recipe(found, config)
-    parts = build_parts(config, stage_name, run_dir=run_dir)
+    parts = _build(config, stage_name, run_dir=run_dir, found=found)
     start_step = found.manifest.step + 1 if found.manifest else 1
     loader = StageLoader(
         config,
@@ -85,6 +87,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
     refuse_other_base(found, template)
     engine = build_engine(config, stage_name, parts)
+    seed_rank(config.seed, stage=stage_name, step=0, rank=world.rank)
     with monitor.phase("restore"):
         resume(checkpointer, engine, found, config=config, stage_name=stage_name, run_dir=run_dir)
     monitor.resumed(found.manifest)
@@ -117,6 +120,35 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     return end
 
 
+def _build(config: RunConfig, stage_name: str, *, run_dir: Path, found: Found) -> StageParts:
+    """Build a stage's parts; rank 0 alone has the weights, and only if they are needed. Collective.
+
+    The engine gives them to all ranks, one parameter at a time: no two hold the whole model.
+    """
+    stage = config.stages[stage_name]
+    frozen = stage.adapter is not None or stage.freeze_vision
+    needed = found.manifest is None or frozen  # else the checkpoint has all of them
+    weights = needed and distributed.rank() == 0
+    parts = distributed.raise_together(
+        lambda: build_parts(config, stage_name, run_dir=run_dir, weights=weights)
+    )
+    named = parts.model.named_parameters()
+    described = [(name, p.shape, str(p.dtype), p.requires_grad) for name, p in named]
+    different = _unlike_rank_zero(hashlib.sha256(repr(described).encode()).hexdigest())
+    if different:
+        raise ValueError(
+            f"ranks {different} built another model than rank 0: is the model folder, and every "
+            "library, the same on all nodes?"
+        )
+    return parts
+
+
+def _unlike_rank_zero(digest: str) -> list[int]:
+    """Return the ranks whose digest differs from rank 0's. Collective."""
+    digests = distributed.gather_objects(digest)
+    return [rank for rank, other in enumerate(digests) if other != digests[0]]
+
+
 def refuse_a_held_folder(run_dir: Path) -> None:
     """Raise ValueError for a trainer started by hand in a folder that a launcher looks after."""
     fence = Fence(run_dir)
@@ -127,12 +159,20 @@ def refuse_a_held_folder(run_dir: Path) -> None:
         )
 
 
+def import_engine(config: RunConfig) -> None:
+    """Import the library behind a run's engine, which nothing else needs."""
+    if config.engine.kind == "fsdp2":
+        importlib.import_module("cocoa_dist.train.fsdp2")  # takes time that others save
+    else:
+        import_deepspeed()
+
+
 def build_engine(config: RunConfig, stage_name: str, parts: StageParts) -> TrainEngine:
     """Wrap a stage's model. Collective: call on all ranks."""
     stage = config.stages[stage_name]
     kind = TrainEngine
     if config.engine.kind == "fsdp2":
-        from cocoa_dist.train.fsdp2 import Fsdp2Engine  # its import takes time that others save
+        from cocoa_dist.train.fsdp2 import Fsdp2Engine
 
         kind = Fsdp2Engine
     return kind(
@@ -164,8 +204,7 @@ def _agree_on_plan(loader: StageLoader) -> None:
     digest = hashlib.sha256(loader.fingerprint.encode())
     for source in loader.plan.sources:
         digest.update(source.tokens.tobytes() + source.patches.tobytes())
-    plans = distributed.gather_objects(digest.hexdigest())
-    different = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+    different = _unlike_rank_zero(digest.hexdigest())
     if different:
         raise ValueError(
             f"ranks {different} read other data than rank 0: is the data folder the same, and "

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: one safetensors file a rank, copied at once, written later.
+"""The files of a checkpoint: one safetensors file a rank, copied first, written later.
 
 Each file says which elements of which parameter it holds, so that any number of ranks can read
 what any other number wrote: a rank reads the ranges it needs and nothing else. Nothing in a file is
@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def shard_name(rank: int) -> str:
 
 
 @dataclass(frozen=True)
+class LiveState:
+    """What one rank's file will hold, in the memory it is trained in.
+
+    Forward and backward passes leave `tensors` alone, the next optimizer step does not.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    ready: Any = None  # event behind the kernels that wrote it; None without a GPU
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What one rank's file will hold: host memory that training does not touch."""
 
@@ -65,42 +78,59 @@ class HostCopy:
             gpu = torch.cuda.is_available()
             self._block = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=gpu).fill_(0)
 
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy `tensors` into the block; returns views of it, good until the next call."""
+    def take(self, live: LiveState) -> Snapshot:
+        """Copy a state into the block; the snapshot is good until the next call.
+
+        In any thread: a GPU copies on a stream of its own, beside the kernels of training.
+        """
+        tensors = live.tensors
         order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # keeps alignment
         self.reserve(sum(value.nbytes for value in tensors.values()))
         taken: dict[str, Tensor] = {}
         begin = 0
-        for name in order:
-            value = tensors[name].detach()
-            place = self._block[begin : begin + value.nbytes]
-            taken[name] = place.view(value.dtype).view(value.shape)
-            taken[name].copy_(value, non_blocking=True)
-            begin += value.nbytes
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return taken
+        with _beside_training(live.ready):
+            for name in order:
+                value = tensors[name].detach()
+                place = self._block[begin : begin + value.nbytes]
+                taken[name] = place.view(value.dtype).view(value.shape)
+                taken[name].copy_(value, non_blocking=True)
+                begin += value.nbytes
+        return Snapshot(taken, live.metadata)
 
 
-def snapshot(
+@contextmanager
+def _beside_training(ready: Any) -> Iterator[None]:
+    """Run GPU copies on a stream of their own, once `ready` has happened, and wait for them."""
+    if ready is None:
+        yield
+        return
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def live_state(
     slices: Sequence[ParameterSlice],
     *,
     buffers: Mapping[str, Tensor],
     counters: Counters,
     rank: int,
     world_size: int,
-    host: HostCopy,
-) -> Snapshot:
-    """Copy a rank's state to the host: the part of a save that training waits for."""
+) -> LiveState:
+    """Gather a rank's state as it stands; buffers, which a forward may change, are copied."""
     live = {f"{kind}/{s.name}": value for s in slices for kind, value in s.values.items()}
-    live.update({f"buffer/{name}": value for name, value in buffers.items()})
+    live.update({f"buffer/{name}": value.clone() for name, value in buffers.items()})
     content = {
         "rank": rank,
         "world_size": world_size,
         "counters": counters.as_dict(),
         "slices": {s.name: [list(s.shape), s.start, s.stop] for s in slices},
     }
-    return Snapshot(host.take(live), {"format": _FORMAT, "cocoa_dist": json.dumps(content)})
+    gpu = any(value.is_cuda for value in live.values())
+    ready = torch.cuda.current_stream().record_event() if gpu else None
+    return LiveState(live, {"format": _FORMAT, "cocoa_dist": json.dumps(content)}, ready)
 
 
 def write_file(folder: Path, name: str, chunks: Iterable[Any]) -> FileEntry:

@@ -144,12 +144,31 @@ def slow_the_disk(saves: Saves) -> None:
     seen["committed twice"] = saves.save(15)
 
 
+def slow_the_copy(saves: Saves) -> None:
+    seen, checkpointer, engine = saves.seen, saves.checkpointer, saves.engine
+    saves.disk.slow = False
+    take = shards.HostCopy.take
+    shards.HostCopy.take = lambda *args: (time.sleep(SLOW_SECONDS), take(*args))[1]
+    checkpointer.take_numbers()
+    before = {s.name: s.values["weight"].clone() for s in engine_slices(engine)}
+    saves.begin(16)
+    seen["blocked by a copy's begin"] = checkpointer.take_numbers().blocked_seconds
+    engine.train_step(saves.second.packs, step=3)
+    seen["blocked before the update"] = checkpointer.take_numbers().blocked_seconds
+    saves.settle()
+    stored = load_file(saves.newest() / shards.shard_name(0))
+    seen["stored the weights before the update"] = all(
+        torch.equal(stored[f"weight/{name}"], value.reshape(-1)) for name, value in before.items()
+    )
+    shards.HostCopy.take = take
+
+
 def main(out: str) -> None:
     quiet_known_warnings()
     torch.set_num_threads(1)
     distributed.start(timeout_seconds=60)
     saves = Saves()
-    for tell in (keep_the_last_ones, fill_the_disk, slow_the_disk):
+    for tell in (keep_the_last_ones, fill_the_disk, slow_the_disk, slow_the_copy):
         tell(saves)
     Path(out).write_text(json.dumps(saves.seen))
 

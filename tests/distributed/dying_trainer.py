@@ -6,6 +6,7 @@ MOMENT is a name of `_MOMENTS`; the COUNT-th time that rank RANK comes there, it
 the package knows of it: the functions it passes through are replaced here.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from cocoa_dist.runtime import StopRequest
 _STOP = StopRequest()
 _STOP.install()
 
+from cocoa_dist import metrics  # noqa: E402
 from cocoa_dist.train import __main__ as trainer  # noqa: E402
 from cocoa_dist.train import build, checkpoint, commit, loop, shards  # noqa: E402
 
@@ -42,11 +44,11 @@ class At:
 def in_copy(now: At) -> None:
     take = shards.HostCopy.take
 
-    def half(self, tensors):
-        names = list(tensors)
-        take(self, {name: tensors[name] for name in names[: len(names) // 2]})
+    def half(self, live):
+        names = list(live.tensors)[: len(live.tensors) // 2]
+        take(self, shards.LiveState({name: live.tensors[name] for name in names}, {}))
         now()
-        return take(self, tensors)
+        return take(self, live)
 
     shards.HostCopy.take = half
 
@@ -83,14 +85,16 @@ def in_write_of_weights(now: At) -> None:
 
 def in_digest_gather(now: At) -> None:
     """Its own part is whole and durable; the other ranks wait for its word."""
-    gather = checkpoint.gather_objects
+    exchange, seen = checkpoint.Exchange, set()
 
-    def gathering(value, *, group=None):
-        if group is not None:  # twice a save: after writing, and after the commit
+    def telling(text, **how):
+        _, _, files, _ = json.loads(text)
+        if files and text not in seen:  # told again until all ranks have written
+            seen.add(text)
             now()
-        return gather(value, group=group)
+        return exchange(text, **how)
 
-    checkpoint.gather_objects = gathering
+    checkpoint.Exchange = telling
 
 
 def before_rename(now: At) -> None:
@@ -151,6 +155,20 @@ def in_load(now: At) -> None:
     shards._copy_overlap = copying
 
 
+def in_cut_back(now: At) -> None:
+    """A resume rewrites the run's record; half of the new one is on disk."""
+    write = metrics.write_atomic
+
+    def half(path, data):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(data[: len(data) // 2])
+        now()
+        temporary.unlink()
+        write(path, data)
+
+    metrics.write_atomic = half
+
+
 def leaves(now: At) -> None:
     """Be asked to leave, as by SIGTERM, after so many steps."""
     one_step = loop.StageRun._one_step
@@ -187,7 +205,7 @@ _MOMENTS = {
     for moment in (
         *(in_copy, in_write, in_failing_write, in_write_of_weights, in_digest_gather),
         *(before_rename, after_rename, in_retention, in_hand_over, in_load),
-        *(leaves, waits_before_rename),
+        *(in_cut_back, leaves, waits_before_rename),
     )
 }
 

@@ -69,7 +69,7 @@ def of_kind(config: RunConfig, kind: str) -> RunConfig:
 
 
 def save(engine, folder: Path, world: distributed.World) -> None:
-    taken = engine.snapshot(shards.HostCopy())
+    taken = shards.HostCopy().take(engine.live_state())
     chunks = shards.safetensors_chunks(taken.tensors, taken.metadata)
     shards.write_file(folder, shards.shard_name(world.rank), chunks)
     distributed.barrier()

@@ -76,6 +76,13 @@ def test_training_waits_for_the_copy_alone(seen) -> None:
 
 
 @pytest.mark.slow
+def test_the_optimizer_alone_waits_for_the_copy(seen) -> None:
+    assert seen["blocked by a copy's begin"] < SLOW_SECONDS / 4
+    assert SLOW_SECONDS / 4 < seen["blocked before the update"] < 2 * SLOW_SECONDS
+    assert seen["stored the weights before the update"]
+
+
+@pytest.mark.slow
 def test_save_that_still_runs_delays_the_next_one_and_is_counted(seen) -> None:
     assert seen["waited"] == 1
     assert seen["after slow saves"] == ["step_00000014", "step_00000015"]

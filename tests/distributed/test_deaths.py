@@ -1,5 +1,6 @@
 """kill -9 at every exact moment of a save, a hand-over and a load: the run that would have been."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,9 +22,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+def first_stage(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("first_stage") / "run"
     Incarnation(run_dir).finish()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(first_stage, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(first_stage, run_dir)
     Incarnation(run_dir, stage=NEXT_STAGE).finish()
     return run_dir
 
@@ -43,7 +51,7 @@ def steps_on_disk(run_dir: Path) -> list[int]:
     [
         (Moment("in_copy", "1", 2), None),
         (Moment("in_write", "1", 2), [2]),
-        (Moment("in_digest_gather", "1", 3), [2]),
+        (Moment("in_digest_gather", "1", 2), [2]),
         (Moment("before_rename", "0", 2), [2]),
         (Moment("after_rename", "0", 2), [4, 2]),
         (Moment("in_retention", "0", 1), [8, 6, 4]),
@@ -61,12 +69,13 @@ def test_kill_9_during(moment, kept, undisturbed, tmp_path) -> None:
 def test_save_that_fails_is_reported_and_tried_again_soon(undisturbed, tmp_path) -> None:
     run_dir = tmp_path / "run"
     moment = Moment("in_failing_write", "1", 1)
-    said = Incarnation(run_dir, "checkpoint.keep_last=9", moment=moment).finish()
-    assert "step_00000002 could not be saved (1 in a row, checkpoint.max_failed_saves=3)" in said
+    overrides = ("checkpoint.keep_last=9", "checkpoint.every_steps=4")
+    said = Incarnation(run_dir, *overrides, moment=moment).finish()
+    assert "step_00000004 could not be saved (1 in a row, checkpoint.max_failed_saves=3)" in said
     assert "Input/output error" in said
     saved = steps_on_disk(run_dir)
-    assert 2 not in saved
-    assert {3, 5, 7} & set(saved)  # at the first boundary at which the ranks knew
+    assert 4 not in saved
+    assert {6, 7} & set(saved)  # told at one boundary, read at the next
     assert_same_run(run_dir, undisturbed)
     assert left_overs(run_dir) == []
 
@@ -78,12 +87,23 @@ def test_kill_9_in_the_last_save_of_a_stage(undisturbed, tmp_path) -> None:
     go_on_to_the_end(run_dir, undisturbed)
 
 
-def test_kill_9_while_the_next_stage_takes_over(undisturbed, tmp_path) -> None:
+def test_kill_9_while_the_next_stage_takes_over(first_stage, undisturbed, tmp_path) -> None:
     run_dir = tmp_path / "run"
-    Incarnation(run_dir).finish()
+    shutil.copytree(first_stage, run_dir)
     Incarnation(run_dir, stage=NEXT_STAGE, moment=Moment("in_hand_over", "1")).die()
     Incarnation(run_dir, stage=NEXT_STAGE).finish()
     assert_same_run(run_dir, undisturbed, stages=(STAGE, NEXT_STAGE))
+
+
+def test_kill_9_while_the_record_is_cut_back(undisturbed, tmp_path) -> None:
+    """Steps behind the checkpoint are in the record; half of what is kept is written anew."""
+    run_dir = tmp_path / "run"
+    Incarnation(run_dir, moment=Moment("before_rename", "0", 2)).die()
+    recorded = len(history(run_dir))
+    assert recorded > steps_on_disk(run_dir)[0]
+    Incarnation(run_dir, moment=Moment("in_cut_back")).die()
+    assert len(history(run_dir)) == recorded  # the old record, whole
+    go_on_to_the_end(run_dir, undisturbed)
 
 
 def test_kill_9_during_an_elastic_load(undisturbed, tmp_path) -> None:

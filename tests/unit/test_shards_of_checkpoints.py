@@ -42,14 +42,14 @@ def cut(values: dict[tuple[str, str], Tensor], *, rank: int, world_size: int):
 def write(folder, *, world_size: int, buffers=None) -> list[FileEntry]:
     entries = []
     for rank in range(world_size):
-        snapshot = shards.snapshot(
+        live = shards.live_state(
             cut(whole_values(), rank=rank, world_size=world_size),
             buffers=buffers or {},
             counters=COUNTERS,
             rank=rank,
             world_size=world_size,
-            host=shards.HostCopy(),
         )
+        snapshot = shards.HostCopy().take(live)
         chunks = shards.safetensors_chunks(snapshot.tensors, snapshot.metadata)
         entries.append(shards.write_file(folder, shards.shard_name(rank), chunks))
     return entries
@@ -83,13 +83,21 @@ def test_the_file_is_safetensors_and_its_digest_is_taken_on_the_way(tmp_path) ->
 
 
 def test_training_on_does_not_change_what_was_copied() -> None:
-    host, live = shards.HostCopy(), {"a": torch.ones(5), "b": torch.zeros(3, dtype=torch.int64)}
-    taken = host.take(live)
-    live["a"].add_(1)
+    values = {"a": torch.ones(5), "b": torch.zeros(3, dtype=torch.int64)}
+    host, live = shards.HostCopy(), shards.LiveState(values, {})
+    taken = host.take(live).tensors
+    values["a"].add_(1)
     assert taken["a"].tolist() == [1.0] * 5
     assert taken["b"].dtype == torch.int64
-    again = host.take(live)
+    again = host.take(live).tensors
     assert again["a"].data_ptr() == taken["a"].data_ptr()  # the same memory, used again
+
+
+def test_a_buffer_is_kept_as_it_was_when_the_state_was_taken() -> None:
+    count = torch.tensor(7)
+    live = shards.live_state([], buffers={"n": count}, counters=COUNTERS, rank=0, world_size=1)
+    count.add_(1)  # as a forward pass may, before the copy is made
+    assert shards.HostCopy().take(live).tensors["buffer/n"].item() == 7
 
 
 @pytest.mark.parametrize(
