@@ -134,6 +134,22 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class BadRecord:
+    """A record that could not be used, as the quarantine file has it."""
+
+    dataset: str
+    number: int  # in its data set
+    shard: str  # file name
+    row: int  # in the shard
+    key: str  # `?` if it cannot be read
+    kind: str  # a few words, to be counted
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.number} {self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """One rank's part of one optimizer step: the same number of packs on every rank."""
 
@@ -147,7 +163,7 @@ class StepBatch:
     num_tokens: int
     fill_ratio: float  # tokens / (packs x budget)
     num_truncated: int  # texts that were cut
-    bad_records: tuple[str, ...]  # `dataset row key: reason` of records that could not be used
+    bad_records: tuple[BadRecord, ...]  # of this rank's part
     cpu_seconds: float  # CPU time it took to make, where a worker process made it
 
 

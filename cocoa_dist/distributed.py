@@ -41,10 +41,21 @@ class World:
         )
 
 
+def training_device() -> torch.device:
+    """Return where this process trains: a GPU of its own if there is one, else the CPU.
+
+    A process that sees several takes that of its local rank. DS_ACCELERATOR=cpu leaves them unused.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
 def start(*, timeout_seconds: int) -> World:
     """Join the process group of the launcher; a lone process gets a group of its own.
 
-    Collective: call on all ranks.
+    Numbers on the host travel by gloo, tensors on a GPU by NCCL. Collective: call on all ranks.
     """
     world = World.from_environment()
     if world.size == 1:
@@ -53,7 +64,11 @@ def start(*, timeout_seconds: int) -> World:
         for name in ("RANK", "LOCAL_RANK"):
             os.environ.setdefault(name, "0")
         os.environ.setdefault("WORLD_SIZE", "1")
-    backend = "gloo"  # no other has been tried yet
+    device, backend = training_device(), "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # by it DeepSpeed finds the device
+        backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout_seconds)
     if world.size == 1:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -82,6 +97,12 @@ def world_size() -> int:
 def local_world_size() -> int:
     """Return the number of this run's processes on this machine, as the launcher said."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def num_nodes() -> int:
+    """Return the number of machines; 1 where they do not have equally many processes."""
+    nodes, left = divmod(world_size(), local_world_size())
+    return nodes if not left else 1
 
 
 def sum_over_ranks(values: Tensor, *, group: Any = None) -> Tensor:

@@ -37,8 +37,17 @@ def check_model_folder(path: str) -> Path:
 
 
 def model_type(folder: Path) -> str:
-    """Return the `model_type` that a model folder's config.json states."""
-    return str(json.loads((folder / "config.json").read_text()).get("model_type"))
+    """Return the `model_type` that a model folder's config.json states.
+
+    Raises ValueError if it is not one.
+    """
+    path = folder / "config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; fetch the model again") from error
+    except KeyError:
+        raise ValueError(f"{path} has no model_type: not a model of transformers") from None
 
 
 def tokenizer_folder(config: ModelConfig) -> Path:

@@ -14,7 +14,7 @@ from launcher.plan import command as plan
 from launcher.slurm.commands import JOB_COMMANDS, add_job_commands, run_job_command
 
 USAGE_CODE = 2
-_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _DESCRIPTION = "Run staged training in a run folder, look at it, stop it."
 _EXAMPLES = """\
 examples:
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
     except (ConfigError, RunFolderError, BadInputError) as error:
         return _fail(str(error), code=USAGE_CODE)
     except OSError as error:
-        if error.errno in _FULL_OR_READ_ONLY:
-            remedy = "make room, then the same command goes on from the last checkpoint"
-            return _fail(f"{error}; {remedy}", code=USAGE_CODE)
+        if error.errno in _NOT_WRITABLE:
+            remedy = "make room or give permission, then the same command goes on"
+            return _fail(f"{error}; {remedy} from the last checkpoint", code=USAGE_CODE)
         return _fail(f"{type(error).__name__}: {error}", code=1)
 
 

@@ -4,6 +4,7 @@ It keeps no state between incarnations: what comes next is read from the folder 
 """
 
 import math
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ GIVEN_UP_CODE = 93  # NVIDIA's resiliency tools use it for "do not restart"
 REQUEUE_CODE = 75  # EX_TEMPFAIL: interrupted; the batch script queues the job again
 SUPERSEDED_CODE = 76  # another start of the job has the run
 MAX_ATTEMPTS = 3  # in a row without a new checkpoint
+_TOLD_CODES = (128 + signal.SIGTERM, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2)
 _GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -60,8 +62,10 @@ def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
     check_num_processes(config, num_processes=backend.world_size, option=backend.size_option)
     run_dir = request.run_dir.expanduser().absolute()
     check_usable(run_dir)
-    if not read_incarnations(run_dir):
-        check_inputs(request, trainer=backend.check_command)
+    new = not read_incarnations(run_dir)
+    if new and not check_inputs(request, trainer=backend.check_command):
+        say(console, "told to leave while looking at the inputs; to be queued again")
+        return REQUEUE_CODE
     with Interrupts() as interrupts, backend.hold(run_dir):
         adopted = prepare(run_dir, config=config, recipe_file=recipe_path(request.recipe))
         for line in adopted:
@@ -85,19 +89,23 @@ def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
                 return SUPERSEDED_CODE
 
 
-def check_inputs(request: RunRequest, *, trainer: tuple[str, ...]) -> None:
+def check_inputs(request: RunRequest, *, trainer: tuple[str, ...]) -> bool:
     """Let the trainer look at data and model on disk, before anything is written.
 
+    Returns False if SLURM's signal ended it before it could answer (srun says 128 + N then).
     Raises BadInputError with its message if something is missing or truncated.
     """
     command = [*trainer, request.recipe, *request.overrides, "--check-inputs"]
     looked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if trainer[0] == "srun" and looked.returncode in _TOLD_CODES:
+        return False
     if looked.returncode:
         said = looked.stderr.strip().splitlines()
         lines = [line for line in said if not line.startswith("srun: error: ")] or said
         lines = lines or [f"exit code {looked.returncode}"]
         begin = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)
         raise BadInputError("\n".join(lines[begin:]).removeprefix("error: "))
+    return True
 
 
 def check_num_processes(config: RunConfig, *, num_processes: int, option: str = "--nproc") -> None:

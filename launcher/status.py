@@ -4,7 +4,9 @@ Writes nothing and asks no process: manifests, the newest lines of `metrics.json
 `incarnations.jsonl` and whether the lock is held say everything.
 """
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, takewhile
@@ -64,6 +66,7 @@ class Status:
     last_checkpoint: LastCheckpoint | None
     eta_seconds: float | None  # to the end of the run, if all steps take as long as the recent ones
     stages: tuple[StageStatus, ...]
+    quarantined: dict[str, int]  # uses of records that could not be used, by kind
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for json.dumps."""
@@ -113,16 +116,25 @@ def read_status(
             _stage_status(item, current=current, step=step, started=newest is not None)
             for item in stages
         ),
+        quarantined=count_quarantined(run_dir),
     )
 
 
-def count_quarantined(run_dir: Path) -> int:
-    """Count the records that could not be used: the lines below `quarantine/`."""
-    total = 0
+def count_quarantined(run_dir: Path) -> dict[str, int]:
+    """Count the uses of records that could not be used, by kind, most frequent first."""
+    kinds: Counter[str] = Counter()
     for path in (run_dir / "quarantine").glob("*.jsonl"):
         with path.open("rb") as file:
-            total += sum(1 for line in file if line.strip())
-    return total
+            kinds.update(kind for line in file if (kind := _fault_kind(line)))
+    return dict(kinds.most_common())
+
+
+def _fault_kind(line: bytes) -> str | None:
+    """Return what a line of a quarantine file is counted under; None if it is not whole."""
+    try:
+        return str(json.loads(line).get("kind", "other"))
+    except (ValueError, AttributeError):
+        return None
 
 
 def _state(decision: Decision, *, held: bool, newest: Incarnation | None) -> State:

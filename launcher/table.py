@@ -9,7 +9,7 @@ from rich.text import Text
 from launcher.progress import duration
 from launcher.runfolder import RESOLVED_NAME, stop_note, timestamp
 from launcher.slurm.explain import JobStatus
-from launcher.status import Status, count_quarantined
+from launcher.status import Status
 
 _STYLES = {
     "done": "green",
@@ -55,9 +55,17 @@ def _facts(status: Status, *, run_dir: Path, job: JobStatus | None) -> Renderabl
         grid.add_row("checkpoint", Text(f"{last.stage}, step {last.step}, {age} old"))
     if status.eta_seconds is not None and status.state == "running":
         grid.add_row("time left", Text(f"about {duration(status.eta_seconds)}"))
-    grid.add_row("quarantined", Text(f"{count_quarantined(run_dir)} records"))
+    grid.add_row("quarantined", Text(_quarantined(status)))
     grid.add_row("begun", Text(timestamp((run_dir / RESOLVED_NAME).stat().st_mtime)))
     return grid
+
+
+def _quarantined(status: Status) -> str:
+    """Say how often records could not be used, and why."""
+    if not status.quarantined:
+        return "none"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in status.quarantined.items())
+    return f"{sum(status.quarantined.values())} uses of records: {kinds}"
 
 
 def _stages(status: Status) -> RenderableType:

@@ -189,9 +189,8 @@ def load_step(
             world_size=1,
             start_step=step,
             folder=Path(folder),
+            state=state,
         )
-        if state is not None:
-            loader.plan.check_state(state)
         assignment = loader.plan.step(step, 1)
         batch = loader.next_step()
         loader.close()

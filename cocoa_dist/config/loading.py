@@ -7,6 +7,7 @@ nor anything else that is slow, so that a login node can check a recipe in well 
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from cocoa_dist.config.schema import RunConfig
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 RECIPE_DIR = PACKAGE_DIR / "recipes"
 ASSET_DIR = PACKAGE_DIR / "assets"
+REMOTE_SCHEME = "msc:/"  # of a data set in an object store
 
 # Keys that change neither the numbers nor the order of a run: free to differ at a resume.
 _FREE_KEYS = (
+    "data.on_change",
     "data.num_workers",
     "data.log_sample_ids",
     "data.bad_record_limit",
@@ -34,6 +37,9 @@ _FREE_KEYS = (
     "metrics",
     "evaluation",
     "export",
+)
+_ORDER_KEY = re.compile(
+    r"data\.left_out|data\.shuffle\..*|stages\.[^.]+\.(batch_size|data\.sources\..*)"
 )
 
 
@@ -98,9 +104,17 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def differences(old: RunConfig, new: RunConfig, *, free: bool) -> list[str]:
-    """List `key: old -> new`; those safe to change at a resume if `free`, else the others."""
+    """List `key: old -> new`; those safe to change at a resume if `free`, else the others.
+
+    What the order of data depends on is safe if `new` says `data.on_change=continue`.
+    """
     left, right = flatten(old), flatten(new)
-    keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and _is_free(k) == free]
+    goes_on = new.data.on_change == "continue"
+
+    def is_free(key: str) -> bool:
+        return _is_free(key) or (goes_on and _ORDER_KEY.fullmatch(key) is not None)
+
+    keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and is_free(k) == free]
     lines = [f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in keys]
     before, after = list(old.stages), list(new.stages)
     if not free and before != after and set(before) == set(after):
@@ -121,6 +135,14 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
     walk(config.model_dump(mode="json"), "")
     return flat
+
+
+def is_remote(path: str | Path) -> bool:
+    """Tell whether a data set lies in an object store: `msc://PROFILE/BUCKET/FOLDER`.
+
+    Also as a Path, which keeps one of the two slashes.
+    """
+    return str(path).startswith(REMOTE_SCHEME)
 
 
 def resolve_path(text: str) -> Path:

@@ -47,6 +47,7 @@ class ModelConfig(_Strict):
     ] = "auto"
     bridge_token: str = "<|im_end|>"  # EOS: the embedding is read from it
     mask_token: str = "<|mask|>"  # added to the tokenizer where it has none
+    new_tokens: tuple[str, ...] = ()  # added likewise; new rows are trained in adapter stages too
     checkpoint_activations: bool = False
     compile_layers: bool = False  # torch.compile of decoder layers and vision blocks
 
@@ -56,6 +57,16 @@ class ModelConfig(_Strict):
             raise ValueError("give exactly one of `path` and `random`")
         if self.random is not None and self.tokenizer is None:
             raise ValueError("`random` weights need a `tokenizer`")
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens_differ(self) -> "ModelConfig":
+        twice = sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1})
+        if twice or "" in self.new_tokens:
+            raise ValueError(
+                f"new_tokens has {', '.join(twice) + ' twice' if twice else 'an empty token'}; "
+                "expected tokens that differ from each other"
+            )
         return self
 
 
@@ -70,6 +81,26 @@ class ImageConfig(_Strict):
     cache_bytes: NotNegative = 256 * 2**20  # decoded pictures kept by each process
 
 
+class ShuffleConfig(_Strict):
+    """The order of large data sets: blocks at random, records among a window's blocks.
+
+    A data set of at most one window is shuffled as a whole. Numbers of nodes that divide `lanes`
+    read no block twice.
+    """
+
+    block_records: Positive = 64  # neighbours that are read together
+    window_blocks: Positive = 960  # a multiple of lanes
+    lanes: Positive = 48
+
+    @model_validator(mode="after")
+    def _windows_have_whole_lanes(self) -> "ShuffleConfig":
+        if self.window_blocks % self.lanes:
+            raise ValueError(
+                f"window_blocks {self.window_blocks} is not a multiple of lanes {self.lanes}"
+            )
+        return self
+
+
 class DataConfig(_Strict):
     """What all stages share about data."""
 
@@ -77,6 +108,11 @@ class DataConfig(_Strict):
     patches_per_pack: Positive = 32768
     max_text_tokens: Positive = 48  # longer texts are cut, and counted
     image: ImageConfig = ImageConfig()
+    shuffle: ShuffleConfig = ShuffleConfig()
+    # Sources, batch_size or left_out that changed since a checkpoint: stop, or go on with the new
+    # ones from where each data set stands, so that nothing is repeated or lost.
+    on_change: Literal["refuse", "continue"] = "refuse"
+    left_out: str | None = None  # JSON lines with dataset and number, as quarantine/ has them
     num_workers: NotNegative = 0  # loader processes a rank; 0 loads in the rank itself
     bad_record_limit: NotNegative = 100  # uses of unusable records a stage may have
     log_sample_ids: bool = False

@@ -6,6 +6,8 @@ No torchvision (it breaks CPU builds of torch), and torch only where pixels are 
 
 import io
 import math
+import re
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +24,11 @@ Pixels = NDArray[np.uint8]  # (H, W, 3) RGB
 MAX_ASPECT_RATIO = 200  # as in Qwen2-VL's processor
 # Formats that Pillow decodes in process. EPS, which would start Ghostscript, is not among them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO, from cameras
+_SIGNATURES = (
+    *((b"\x89PNG", "PNG"), (b"\xff\xd8", "JPEG"), (b"GIF8", "GIF"), (b"BM", "BMP")),
+    *((b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF")),
+)
+_ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x\w+>")  # a reason must be the same each time
 _EXIF_ORIENTATION = 0x0112
 
 # EXIF orientation to the operation that puts the picture upright; 1 and unknown values do nothing.
@@ -45,7 +52,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Pixels:
     ratio, truncated, or unsupported pixel values.
     """
     with _open(data) as header:
-        _check_size(height=header.height, width=header.width, max_pixels=max_pixels)
+        check_size(height=header.height, width=header.width, max_pixels=max_pixels)
         orientation = _orientation(header)
         pixels = _decode_jpeg(data, header) if header.format == "JPEG" else None
         if pixels is None:
@@ -63,6 +70,25 @@ def image_size(data: bytes) -> tuple[int, int]:
     with _open(data) as header:
         height, width = header.height, header.width
         return (width, height) if _orientation(header) in _SWAPS_SIDES else (height, width)
+
+
+def check_size(*, height: int, width: int, max_pixels: int) -> None:
+    """Raise ValueError, naming which, for zero size, too many pixels, and an absurd aspect."""
+    if height < 1 or width < 1:
+        raise ValueError(f"image has zero size: {height}x{width}")
+    if height * width > max_pixels:
+        raise ValueError(
+            f"image is too large: {height}x{width} is {height * width} pixels, "
+            f"expected at most {max_pixels}"
+        )
+    _check_aspect(height, width)
+
+
+def picture_format(data: bytes) -> str | None:
+    """Return the format that the first bytes tell, without opening it; None if none of ours."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return next((name for start, name in _SIGNATURES if data.startswith(start)), None)
 
 
 def resize_image(image: Pixels, *, height: int, width: int) -> Pixels:
@@ -121,17 +147,27 @@ def smart_size(
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header. Pillow's own bomb warning is turned into our error as well."""
+    """Read the header. Below Pillow's own limit, sizes are our callers' to judge."""
     if not data:
         raise ValueError("image is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
         raise ValueError(f"image is too large: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their parser met
+        kind = picture_format(data)
+        if kind is None:
+            raise ValueError(
+                f"image of {len(data)} bytes starting with {data[:8]!r} is not a readable picture, "
+                f"expected one of {', '.join(FORMATS)}"
+            ) from error
+        if kind == "PNG" and b"\0\0\0\0" in (data[16:20], data[20:24]):
+            raise ValueError("image has zero size, says the header of this PNG") from error
         raise ValueError(
-            f"image of {len(data)} bytes starting with {data[:8]!r} is not a readable picture "
-            f"({_reason(error)}), expected one of {', '.join(FORMATS)}"
+            f"image of {len(data)} bytes begins as {kind} and cannot be opened, it is truncated or "
+            f"damaged: {_reason(error)}"
         ) from error
 
 
@@ -148,17 +184,6 @@ def _orientation(header: Image.Image) -> int:
     except Exception as error:  # as above
         raise ValueError(f"image has broken EXIF data ({_reason(error)})") from error
     return value if isinstance(value, int) else 1
-
-
-def _check_size(*, height: int, width: int, max_pixels: int) -> None:
-    if height < 1 or width < 1:
-        raise ValueError(f"image has zero size: {height}x{width}")
-    if height * width > max_pixels:
-        raise ValueError(
-            f"image is too large: {height}x{width} is {height * width} pixels, "
-            f"expected at most {max_pixels}"
-        )
-    _check_aspect(height, width)
 
 
 def _check_aspect(height: int, width: int) -> None:
@@ -212,5 +237,5 @@ def _from_wide_grey(grey_HW: NDArray[np.generic], *, mode: str) -> Pixels:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).splitlines()
+    text = _ADDRESS.sub("", str(error)).splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -6,10 +6,10 @@ masked, named and counted, and every other record keeps its place.
 """
 
 # No `from __future__ import annotations`: energon reads ArrowDatasetFactory's at run time.
+import hashlib
 import signal
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +28,20 @@ from megatron.energon import (
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.base_dataset import BaseCoreDatasetFactory
 
-from cocoa_dist.batch import PackedBatch, StepBatch
+from cocoa_dist.batch import BadRecord, PackedBatch, StepBatch
 from cocoa_dist.config import RunConfig, StageConfig, resolve_path
+from cocoa_dist.data.bounds import Bounds, index_bounds, mapped_bounds
 from cocoa_dist.data.corruption import CorruptedSample, corrupt
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.order import Pack, PlanSource, StepPlan, check_world_size
-from cocoa_dist.data.packing import EmbeddingInfo, build_pack, identity_number, length_bound
+from cocoa_dist.data.packing import (
+    EmbeddingInfo,
+    build_pack,
+    identity_number,
+    length_bound,
+    picture_cost,
+)
+from cocoa_dist.data.record_source import LEFT_OUT, RecordSource, read_left_out
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.samples import (
     ViewResult,
@@ -45,13 +53,12 @@ from cocoa_dist.data.samples import (
     view_settings,
 )
 from cocoa_dist.data.shards import ShardReader
+from cocoa_dist.data.shuffle import Shuffle
+from cocoa_dist.data.store import absolute
 from cocoa_dist.manifest import write_atomic
 from cocoa_dist.segments import attention_rule
 
 EXACT_BOUND_RECORDS = 20_000  # data sets up to this size are read once for tight length bounds
-_RECORD_CACHE_BYTES = 64 * 2**20
-_RECORD_OVERHEAD_BYTES = 8192  # of a decoded record beside its pictures, generously
-_READ_RETRIES = (0.1, 1.0)  # seconds to wait before trying a failed read again
 _ENDLESS = 10**9  # steps, or seconds: never
 _COLLECT_EVERY_STEPS = 10  # garbage collection in a worker process
 _WATCHDOG_SECONDS = 60.0  # a worker that takes longer over a step writes its stack to the log
@@ -78,7 +85,7 @@ class ArrowDatasetFactory(BaseCoreDatasetFactory[CrudeSample]):  # type: ignore[
         self.path = path
         self.paths = [path]
         self.subflavors = dict(subflavors or {})
-        self.reader = ShardReader(Path(str(path)))
+        self.reader = ShardReader(str(path))
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -90,58 +97,6 @@ class ArrowDatasetFactory(BaseCoreDatasetFactory[CrudeSample]):  # type: ignore[
     def as_file_store(self) -> Any:
         """Refuse, as build does."""
         return self.build()
-
-
-class RecordSource:
-    """Records of one data set, the last used ones kept decoded (reading one costs 160 us)."""
-
-    def __init__(self, name: str, reader: ShardReader, num_records: int) -> None:
-        self.name = name
-        self.reader = reader
-        self.num_records = num_records
-        self._kept: OrderedDict[int, Record] = OrderedDict()
-        self._num_bytes = 0
-
-    def record(self, number: int) -> Record:
-        """Return a record. Raises ValueError for a damaged one, OSError if the disk fails."""
-        found = self._kept.get(number)
-        if found is not None:
-            self._kept.move_to_end(number)
-            return found
-        record = self._read(number)
-        self._kept[number] = record
-        self._num_bytes += _record_bytes(record)
-        while self._num_bytes > _RECORD_CACHE_BYTES:
-            _, dropped = self._kept.popitem(last=False)
-            self._num_bytes -= _record_bytes(dropped)
-        return record
-
-    def key(self, number: int) -> str:
-        """Return the key of a record that may be unreadable: then it is `?`."""
-        try:
-            return self.reader.key(number)
-        except (ValueError, OSError):
-            return "?"
-
-    def readable(self, number: int) -> Record | None:
-        """Return a record, or None: a damaged one is named when its turn comes."""
-        try:
-            return self.record(number)
-        except ValueError:
-            return None
-
-    def _read(self, number: int) -> Record:
-        """Read with patience: a network file system may fail for a moment."""
-        for pause in _READ_RETRIES:
-            try:
-                return self.reader.record(number)
-            except OSError:
-                time.sleep(pause)
-        return self.reader.record(number)
-
-
-def _record_bytes(record: Record) -> int:
-    return _RECORD_OVERHEAD_BYTES + sum(map(len, record.images))
 
 
 @dataclass
@@ -163,8 +118,10 @@ class StepEncoder:
         stage_name: str,
         vocabulary: Vocabulary,
         geometry: ImageGeometry,
+        num_nodes: int = 1,
     ) -> None:
         self.stage: StageConfig = config.stages[stage_name]
+        self.num_nodes = num_nodes
         self.stage_name = stage_name
         self.vocabulary = vocabulary
         self.geometry = geometry
@@ -179,10 +136,10 @@ class StepEncoder:
         self, plan: StepPlan, sources: dict[str, RecordSource], *, step: int, rank: int, world: int
     ) -> StepBatch:
         """Build the part of `rank`. Never raises for what a record holds."""
-        assignment = plan.step(step, world)
+        assignment = plan.step(step, world, num_nodes=self.num_nodes)
         source = sources[assignment.dataset]
         keys: list[str] = []
-        bad: list[str] = []
+        bad: list[BadRecord] = []
         packs: list[PackedBatch] = []
         truncated = num_tokens = 0
         for pack in assignment.ranks[rank]:
@@ -206,24 +163,53 @@ class StepEncoder:
             cpu_seconds=0.0,
         )
 
-    def length_bounds(self, source: RecordSource) -> tuple[np.ndarray, np.ndarray]:
-        """Return upper bounds of (tokens, patches) for every record of a source."""
+    def bounds(self, source: RecordSource, *, folder: Path) -> Bounds:
+        """Return upper bounds of tokens and patches for every record of a source.
+
+        Records of a small data set are read, which makes them tight; those of a large one come
+        from its index, and lie in a file of `folder` that all processes map.
+        """
+        if source.num_records <= EXACT_BOUND_RECORDS:
+            return self._tight_bounds(source)
+        reader = source.reader
+        pictures = self.settings.pictures
+
+        def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+            return index_bounds(
+                reader.index_columns(begin, end, counted=self._counted(source)),
+                view=self.stage.data.view,
+                max_text_tokens=self.settings.max_text_tokens,
+                picture_cost=lambda size: picture_cost(size, self.settings),
+            )
+
+        image = self._config.data.image
+        described = [
+            *(reader.fingerprint, self.stage.data.view, self.settings.max_text_tokens),
+            *(self._counted(source), image.min_pixels, image.max_pixels, pictures.factor),
+        ]
+        return mapped_bounds(folder, count=source.num_records, key=repr(described), part=part)
+
+    def _counted(self, source: RecordSource) -> bool:
+        """Whether the index counts text with this run's tokenizer."""
+        return source.reader.info.tokenizer_sha256 == self.vocabulary.sha256 != ""
+
+    def _tight_bounds(self, source: RecordSource) -> Bounds:
         reader, count = source.reader, source.num_records
-        counted = reader.info.tokenizer_sha256 == self.vocabulary.sha256 != ""
+        counted = self._counted(source)
         bounds = np.empty((count, 2), dtype=np.int64)
         for number in range(count):
             bounds[number] = length_bound(
                 self.stage.data.view,
                 num_text_tokens=int(reader.num_text_tokens[number]) if counted else -1,
                 image_sizes=reader.image_sizes(number),
-                record=source.readable(number) if count <= EXACT_BOUND_RECORDS else None,
+                record=source.readable(number),
                 vocabulary=self.vocabulary,
                 settings=self.settings,
             )
-        return bounds[:, 0], bounds[:, 1]
+        return Bounds.of(bounds[:, 0], bounds[:, 1])
 
     def _encode_pack(
-        self, pack: Pack, source: RecordSource, *, keys: list[str], bad: list[str]
+        self, pack: Pack, source: RecordSource, *, keys: list[str], bad: list[BadRecord]
     ) -> _PackDraft:
         draft = _PackDraft([], [], [])
         for slot in pack:
@@ -232,8 +218,8 @@ class StepEncoder:
             made, record = self._samples(source, slot.record, draw)
             key = source.key(slot.record) if record is None else record.key
             keys.append(key)
-            if made.reason is not None:
-                bad.append(f"{source.name} {slot.record} {key}: {made.reason}")
+            if made.reason not in (None, LEFT_OUT):
+                bad.append(source.bad_record(slot.record, key=key, reason=made.reason))
             for sample in made.samples:
                 draft.samples.append(
                     corrupt(
@@ -258,6 +244,8 @@ class StepEncoder:
     ) -> tuple[ViewResult, Record | None]:
         """Return what a record became; the record is None if it could not be read."""
         view = self.stage.data.view
+        if number in source.left_out:
+            return ViewResult(fillers(view, self.vocabulary), reason=LEFT_OUT), None
         try:
             record = source.record(number)
         except (ValueError, OSError) as error:
@@ -356,11 +344,21 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
 
     decoder = None  # pictures stay encoded until a view asks for them
 
-    def __init__(self, *, config: RunConfig, encoder: StepEncoder, start_step: int) -> None:
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        encoder: StepEncoder,
+        start_step: int,
+        state: Mapping[str, Any] | None,
+        folder: Path,
+    ) -> None:
         super().__init__()
+        self._folder = folder
         self._run = config
         self._encoder = encoder
         self._start_step = start_step
+        self._state = state
 
     def build_train_datasets(
         self, *, datasets: list[Any], worker_config: WorkerConfig, **_unused: object
@@ -369,19 +367,23 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
         sources: dict[str, RecordSource] = {}
         planned: list[PlanSource] = []
         configured = self._encoder.stage.data.sources
+        left_out = read_left_out(self._run.data.left_out)
         for loaded in datasets:
             factory: ArrowDatasetFactory = loaded.dataset
             name = str(factory.subflavors[_SOURCE_KEY])
             count = min(len(factory), configured[name].limit or len(factory))
-            sources[name] = RecordSource(name, factory.reader, count)
-            tokens, patches = self._encoder.length_bounds(sources[name])
+            unused = left_out.get(name, frozenset())
+            sources[name] = RecordSource(name, factory.reader, count, left_out=unused)
+            bounds = self._encoder.bounds(sources[name], folder=self._folder)
             planned.append(
                 PlanSource(
                     name=name,
                     weight=configured[name].weight,
-                    tokens=tokens,
-                    patches=patches,
+                    tokens=bounds.tokens,
+                    patches=bounds.patches,
+                    largest=bounds.largest,
                     fingerprint=factory.reader.fingerprint,
+                    left_out=_digest(unused),
                 )
             )
         plan = StepPlan(
@@ -391,7 +393,11 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
             stage=self._encoder.stage_name,
             tokens_per_pack=self._run.data.tokens_per_pack,
             patches_per_pack=self._run.data.patches_per_pack,
+            shuffle=Shuffle(**self._run.data.shuffle.model_dump()),
         )
+        if self._state is not None:
+            may_change = self._run.data.on_change == "continue"
+            plan = plan.resumed(self._state, may_change=may_change)
         return PlanDataset(
             plan=plan,
             sources=sources,
@@ -404,8 +410,9 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
 class StageLoader:
     """One rank's steps of a stage: start_step, start_step + 1, ...
 
-    Raises ValueError at once for a data set that is missing or damaged, and for a batch that the
-    ranks cannot share. `folder` receives `<stage>.yaml`, the blend as energon reads it.
+    Raises ValueError at once for a data set that is missing or damaged, for a batch that the ranks
+    cannot share, and for a `state` of a checkpoint that this recipe does not go on from. `folder`
+    receives `<stage>.yaml`, the blend as energon reads it.
     """
 
     def __init__(
@@ -419,11 +426,17 @@ class StageLoader:
         world_size: int,
         start_step: int,
         folder: Path,
+        num_nodes: int = 1,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         stage = config.stages[stage_name]
         check_world_size(stage.batch_size, world_size, stage=stage_name)
         encoder = StepEncoder(
-            config=config, stage_name=stage_name, vocabulary=vocabulary, geometry=geometry
+            config=config,
+            stage_name=stage_name,
+            vocabulary=vocabulary,
+            geometry=geometry,
+            num_nodes=num_nodes,
         )
         in_process = config.data.num_workers == 0
         dataset = get_train_dataset(
@@ -434,7 +447,13 @@ class StageLoader:
             batch_size=None,
             shuffle_buffer_size=None,
             max_samples_per_sequence=None,
-            task_encoder=PlanTaskEncoder(config=config, encoder=encoder, start_step=start_step),
+            task_encoder=PlanTaskEncoder(
+                config=config,
+                encoder=encoder,
+                start_step=start_step,
+                state=state,
+                folder=folder,
+            ),
         )
         self._dataset = cast(PlanDataset, dataset)
         self._loader = get_savable_loader(
@@ -479,15 +498,19 @@ class StageLoader:
         self._dataset.close()
 
 
+def _digest(numbers: frozenset[int]) -> str:
+    if not numbers:
+        return ""
+    return hashlib.blake2b(str(sorted(numbers)).encode(), digest_size=16).hexdigest()
+
+
 def _write_metadataset(stage: StageConfig, stage_name: str, folder: Path) -> Path:
     """Write the stage's blend in energon's format; every rank writes the same bytes."""
     blend = []
     for name, source in stage.data.sources.items():
-        path = resolve_path(source.path).absolute()
+        path = absolute(resolve_path(source.path))
         ShardReader(path)  # names what is missing; energon would only say "invalid dataset"
-        blend.append(
-            {"path": str(path), "weight": source.weight, "subflavors": {_SOURCE_KEY: name}}
-        )
+        blend.append({"path": path, "weight": source.weight, "subflavors": {_SOURCE_KEY: name}})
     content = {
         "__module__": "megatron.energon",
         "__class__": "MetadatasetV2",

@@ -1,24 +1,28 @@
 """Which records a step takes, on which rank, in which pack: a pure function of (plan, step).
 
 Every record comes exactly once in a pass, whatever the number of ranks, workers or restarts; a
-resume needs the next step and nothing else. No torch, no files, no state.
+resume needs the next step and nothing else. When the blend, the batch size or what is left out
+changes, a new segment of the plan goes on from where each data set stands. No torch, no files, no
+state.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_dist.data.dealing import deal, greedy_knapsack
+from cocoa_dist.data.shuffle import Shuffle, lanes_at, records_at
+
 Ints = NDArray[np.int64]
 
-PLAN_VERSION = 1  # a change of this file that moves any record raises it
+PLAN_VERSION = 2  # a change that moves any record raises it
 BLOCK_STEPS = 1000  # blends are exact in each block of so many steps
-_FEISTEL_ROUNDS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +31,11 @@ class PlanSource:
 
     name: str
     weight: float  # relative to the other sources
-    tokens: Ints  # (records,): upper bound of the tokens of a record's samples
-    patches: Ints  # (records,): upper bound of their patches
+    tokens: NDArray[np.integer[Any]]  # (records,): upper bound of the tokens of its samples
+    patches: NDArray[np.integer[Any]]  # (records,): upper bound of their patches
     fingerprint: str = ""  # of the data, so that a plan of other data is another plan
+    left_out: str = ""  # digest of the list of records that are not used
+    largest: tuple[int, int] | None = None  # records with the most tokens and patches, if known
 
     @property
     def num_records(self) -> int:
@@ -63,7 +69,7 @@ class StepAssignment:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Steps 1, 2, ... of a stage. Raises ValueError for a plan that cannot be kept."""
+    """Steps `start_step`, ... of a stage. Raises ValueError for a plan that cannot be kept."""
 
     sources: tuple[PlanSource, ...]
     batch_size: int  # records a step, over all ranks
@@ -71,6 +77,11 @@ class StepPlan:
     stage: str
     tokens_per_pack: int
     patches_per_pack: int
+    shuffle: Shuffle = field(default_factory=Shuffle)
+    start_step: int = 1  # of this segment
+    cursors: Mapping[str, int] = field(
+        default_factory=dict
+    )  # records of each source taken before it
     _quotas: Ints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,21 +99,28 @@ class StepPlan:
             )
         object.__setattr__(self, "_quotas", quotas)
 
-    def step(self, step: int, world_size: int) -> StepAssignment:
-        """Return the records of `step` (the first is 1), dealt to `world_size` ranks.
+    def step(self, step: int, world_size: int, *, num_nodes: int = 1) -> StepAssignment:
+        """Return the records of `step`, dealt to `world_size` ranks on `num_nodes` nodes.
 
-        Every rank gets as many records and as many packs as every other one.
+        Every rank gets as many records and as many packs as every other one. The number of nodes
+        decides who reads a record, never which ones are read.
         """
         check_world_size(self.batch_size, world_size, stage=self.stage)
         index, before = self._source_of(step)
         source = self.sources[index]
-        positions = np.arange(before * self.batch_size, (before + 1) * self.batch_size)
+        first = self.cursors.get(source.name, 0) + before * self.batch_size
+        positions = np.arange(first, first + self.batch_size)
         passes, offsets = np.divmod(positions, source.num_records)
         records = np.empty(self.batch_size, dtype=np.int64)
         for one_pass in np.unique(passes):
             inside = passes == one_pass
-            key = f"{self.seed}/{self.stage}/{source.name}/{one_pass}"
-            records[inside] = permute(offsets[inside], size=source.num_records, key=key)
+            records[inside] = records_at(
+                offsets[inside],
+                size=source.num_records,
+                key=f"{self.seed}/{self.stage}/{source.name}/{one_pass}",
+                shuffle=self.shuffle,
+            )
+        lanes = lanes_at(offsets, size=source.num_records, shuffle=self.shuffle)
         ids, numbers = records.tolist(), passes.tolist()
         content = json.dumps([source.name, numbers, ids]).encode()
         return StepAssignment(
@@ -110,7 +128,9 @@ class StepPlan:
             dataset=source.name,
             passes=tuple(numbers),
             record_ids=tuple(ids),
-            ranks=self._deal(source, records, numbers, world_size),
+            ranks=self._deal(
+                source, records, passes, world_size=world_size, num_nodes=num_nodes, lanes=lanes
+            ),
             digest=hashlib.blake2b(content, digest_size=16).hexdigest(),
         )
 
@@ -122,43 +142,75 @@ class StepPlan:
             "seed": self.seed,
             "stage": self.stage,
             "batch_size": self.batch_size,
-            "sources": [[s.name, s.num_records, s.weight, s.fingerprint] for s in self.sources],
+            "shuffle": vars(self.shuffle),
+            "start": [self.start_step, sorted(self.cursors.items())],
+            "sources": [
+                [s.name, s.num_records, s.weight, s.fingerprint, s.left_out] for s in self.sources
+            ],
         }
         encoded = json.dumps(content, sort_keys=True).encode()
         return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
+    def cursors_at(self, step: int) -> dict[str, int]:
+        """Return how many records of each data set the steps before `step` have taken.
+
+        Data sets that have left the blend keep their place.
+        """
+        done = dict(self.cursors)
+        for index, source in enumerate(self.sources):
+            steps = self._steps_before(step, index)
+            done[source.name] = done.get(source.name, 0) + steps * self.batch_size
+        return done
+
     def state(self, next_step: int) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data; `next_step` is the first not yet trained."""
-        start = {source.name: 0 for source in self.sources}
         return {
             "plan_hash": self.plan_hash,
-            "segments": [{"start_step": 1, "cursor": start}],
+            "start_step": self.start_step,
+            "start": dict(self.cursors),
+            "fingerprints": {s.name: _short(s.fingerprint) for s in self.sources},
+            "cursors": self.cursors_at(next_step),
             "next_step": next_step,
         }
 
-    def check_state(self, state: dict[str, Any]) -> int:
-        """Return the step to go on with. Raises ValueError if the state is of another plan."""
-        found = state.get("plan_hash")
-        if found != self.plan_hash:
+    def resumed(self, state: Mapping[str, Any], *, may_change: bool = False) -> "StepPlan":
+        """Return the plan that goes on from a checkpoint's `state`.
+
+        It is the checkpoint's own if nothing has changed; else, if it `may_change`, a new segment
+        that begins at the next step with each data set where it stands. Raises ValueError if the
+        state is not one, or of another plan that may not change.
+        """
+        next_step, start, cursors = _checked(state, stage=self.stage)
+        same = replace(self, start_step=state.get("start_step", 1), cursors=start)
+        if same.plan_hash == state.get("plan_hash"):
+            return same
+        if not may_change:
             raise ValueError(
-                f"stage '{self.stage}': the checkpoint's data plan is {found}, this recipe and "
-                f"data give {self.plan_hash}: data, seed, batch size or sources have changed. Go "
-                "on with the old ones, or start another run folder"
+                f"stage '{self.stage}': the checkpoint's data plan is {state.get('plan_hash')}, "
+                f"this recipe and data give {same.plan_hash}: data, seed, batch size or sources "
+                "have changed. Go on with the old ones, start another run folder, or set "
+                "data.on_change=continue to go on with the new ones from where each data set stands"
             )
-        next_step = state.get("next_step")
-        if not isinstance(next_step, int) or next_step < 1:
-            raise ValueError(f"data state has next_step {next_step!r}, expected a number from 1 on")
-        return next_step
+        before = state.get("fingerprints", {})
+        for source in self.sources:
+            now = _short(source.fingerprint)
+            if before.get(source.name, now) != now and cursors.get(source.name, 0):
+                raise ValueError(
+                    f"stage '{self.stage}': source '{source.name}' was other data "
+                    f"({before[source.name]}, now {now}), so that where it stands says nothing: "
+                    "give the new data a name of its own"
+                )
+        return replace(self, start_step=next_step, cursors=cursors)
 
     def _check_source(self, source: PlanSource) -> None:
         if source.num_records == 0:
             raise ValueError(f"stage '{self.stage}': source '{source.name}' has no records")
+        most = source.largest or (int(source.tokens.argmax()), int(source.patches.argmax()))
         budgets = (
-            ("tokens", source.tokens, self.tokens_per_pack),
-            ("patches", source.patches, self.patches_per_pack),
+            ("tokens", source.tokens, self.tokens_per_pack, most[0]),
+            ("patches", source.patches, self.patches_per_pack, most[1]),
         )
-        for unit, bounds, budget in budgets:
-            largest = int(bounds.argmax())
+        for unit, bounds, budget, largest in budgets:
             if bounds[largest] > budget:
                 raise ValueError(
                     f"stage '{self.stage}': record {largest} of source '{source.name}' can have "
@@ -167,34 +219,75 @@ class StepPlan:
                 )
 
     def _source_of(self, step: int) -> tuple[int, int]:
-        """Return the source of a step and how many steps it had before."""
-        if step < 1:
-            raise ValueError(f"step {step}, expected one from 1 on")
-        block, offset = divmod(step - 1, BLOCK_STEPS)
-        order = _block_order(tuple(self._quotas.tolist()), f"{self.seed}/{self.stage}", block)
+        """Return the source of a step and how many steps of the segment it had before."""
+        if step < self.start_step:
+            raise ValueError(f"step {step}, expected one from {self.start_step} on")
+        order, _, offset = self._block(step)
         index = int(order[offset])
-        before = int(np.count_nonzero(order[:offset] == index))
-        return index, block * int(self._quotas[index]) + before
+        return index, self._steps_before(step, index)
+
+    def _steps_before(self, step: int, index: int) -> int:
+        """Return how many steps of the segment before `step` a source has."""
+        order, block, offset = self._block(step)
+        inside = int(np.count_nonzero(order[:offset] == index))
+        return block * int(self._quotas[index]) + inside
+
+    def _block(self, step: int) -> tuple[Ints, int, int]:
+        """Return the order of sources in the step's block, the block, and the place in it."""
+        block, offset = divmod(step - self.start_step, BLOCK_STEPS)
+        key = f"{self.seed}/{self.stage}"
+        if self.start_step > 1:
+            key += f"/{self.start_step}"
+        return _block_order(tuple(self._quotas.tolist()), key, block), block, offset
 
     def _deal(
-        self, source: PlanSource, records: Ints, passes: list[int], world_size: int
+        self,
+        source: PlanSource,
+        records: Ints,
+        passes: Ints,
+        *,
+        world_size: int,
+        num_nodes: int,
+        lanes: Ints,
     ) -> tuple[tuple[Pack, ...], ...]:
-        tokens, patches = source.tokens[records], source.patches[records]
+        sizes = np.stack([source.tokens[records], source.patches[records]], axis=1)
         budgets = (self.tokens_per_pack, self.patches_per_pack)
-        load = np.maximum(tokens / budgets[0], patches / budgets[1])
+        at_home = num_nodes > 1 and self.shuffle.lanes % num_nodes == 0
+        nodes = np.where(lanes < 0, lanes, lanes * num_nodes // self.shuffle.lanes)
         ranks: list[list[Pack]] = []
-        for lane in snake(load, world_size):
-            bins = greedy_knapsack(np.stack([tokens[lane], patches[lane]], axis=1), budgets)
-            ranks.append(
-                [
-                    tuple(
-                        Slot(int(p), int(records[p]), passes[int(p)]) for p in lane[np.sort(inside)]
-                    )
-                    for inside in bins
-                ]
-            )
+        for items in deal(
+            sizes,
+            num_ranks=world_size,
+            num_nodes=num_nodes if at_home else 1,
+            node=nodes if at_home else None,
+        ):
+            bins = greedy_knapsack(sizes[items], budgets)
+            chosen = [items[np.sort(inside)] for inside in bins]
+            ranks.append([_pack(places, records[places], passes[places]) for places in chosen])
         most = max(map(len, ranks))
         return tuple((*packs, *[()] * (most - len(packs))) for packs in ranks)
+
+
+def _pack(places: Ints, records: Ints, passes: Ints) -> Pack:
+    return tuple(map(Slot, places.tolist(), records.tolist(), passes.tolist()))
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:16]
+
+
+def _checked(
+    state: Mapping[str, Any], *, stage: str
+) -> tuple[int, Mapping[str, int], Mapping[str, int]]:
+    """Return the next step of a state, and its cursors at the segment's start and now."""
+    next_step, start, now = (state.get(key) for key in ("next_step", "start", "cursors"))
+    if not isinstance(next_step, int) or next_step < 1:
+        raise ValueError(
+            f"stage '{stage}': data state has next_step {next_step!r}, expected a number from 1 on"
+        )
+    if not isinstance(start, dict) or not isinstance(now, dict):
+        raise ValueError(f"stage '{stage}': data state has no cursors: another version wrote it")
+    return next_step, start, now
 
 
 def check_world_size(batch_size: int, world_size: int, *, stage: str) -> None:
@@ -216,84 +309,6 @@ def largest_remainder(weights: Sequence[float], *, total: int) -> Ints:
     missing = total - int(quotas.sum())
     quotas[np.argsort(quotas - shares, kind="stable")[:missing]] += 1
     return quotas
-
-
-def snake(load: NDArray[np.float64], num_lanes: int) -> list[Ints]:
-    """Deal items to lanes, heaviest first and back and forth; equal counts if they divide.
-
-    Returns each lane's items in ascending order.
-    """
-    heaviest_first = np.argsort(-load, kind="stable")
-    turn, place = np.divmod(np.arange(len(load)), num_lanes)
-    lanes = np.where(turn % 2 == 0, place, num_lanes - 1 - place)
-    return [np.sort(heaviest_first[lanes == lane]) for lane in range(num_lanes)]
-
-
-def greedy_knapsack(lengths: NDArray[np.integer[Any]], budgets: Sequence[int]) -> list[Ints]:
-    """Put items into few bins that keep every budget, largest first; deterministic.
-
-    `lengths` is (items, units), such as tokens and patches; an item is as large as the largest
-    share of a budget that it takes. Fills one bin after the other with the largest item that still
-    fits: research in packing says that no cleverer rule is worth its time.
-    Raises ValueError for an item that fits into no bin.
-    """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    limits = np.asarray(budgets, dtype=np.int64)
-    too_large = np.flatnonzero((sizes > limits).any(axis=1))
-    if len(too_large):
-        first = int(too_large[0])
-        raise ValueError(f"item {first} has size {sizes[first].tolist()}, budgets are {budgets}")
-    order = np.argsort(-(sizes / limits).max(axis=1), kind="stable")
-    if (sizes.sum(axis=0) <= limits).all():
-        return [order] if len(order) else []
-    waiting = [(index, tuple(sizes[index].tolist())) for index in order.tolist()]
-    bins: list[Ints] = []
-    while waiting:
-        room = limits.tolist()
-        inside: list[int] = []
-        left = []
-        for index, size in waiting:
-            if all(s <= r for s, r in zip(size, room, strict=True)):
-                inside.append(index)
-                room = [r - s for s, r in zip(size, room, strict=True)]
-            else:
-                left.append((index, size))
-        bins.append(np.array(inside, dtype=np.int64))
-        waiting = left
-    return bins
-
-
-def permute(values: Ints, *, size: int, key: str) -> Ints:
-    """Map values of [0, size) one to one onto [0, size), differently for every key.
-
-    A Feistel network over the next even power of two; what falls outside walks on until it falls
-    inside (cycle walking, Black and Rogaway 2002). Needs no table.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    digest = hashlib.blake2b(key.encode(), digest_size=8 * _FEISTEL_ROUNDS).digest()
-    keys = np.frombuffer(digest, dtype="<u8")
-    result = np.asarray(values, dtype=np.uint64)
-    outside = np.ones(len(result), dtype=np.bool_)
-    while outside.any():
-        result[outside] = _feistel(result[outside], half=half, keys=keys)
-        outside = result >= size
-    return result.astype(np.int64)
-
-
-def _feistel(values: NDArray[np.uint64], *, half: int, keys: NDArray[Any]) -> NDArray[np.uint64]:
-    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> shift, values & low
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) & low)
-    joined: NDArray[np.uint64] = (left << shift) | right
-    return joined
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finaliser of splitmix64 (Steele et al. 2014): every bit depends on every bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @lru_cache(maxsize=16)

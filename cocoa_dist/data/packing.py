@@ -18,7 +18,6 @@ from cocoa_dist.batch import PackedBatch
 from cocoa_dist.data.corruption import CorruptedSample, uncorrupted
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels
-from cocoa_dist.data.order import greedy_knapsack
 from cocoa_dist.data.records import Record, Side, side_texts
 from cocoa_dist.data.samples import (
     Bools,
@@ -26,6 +25,7 @@ from cocoa_dist.data.samples import (
     ViewSettings,
     Vocabulary,
     filler_sample,
+    text_start,
 )
 from cocoa_dist.data.vision_layout import vision_layout
 from cocoa_dist.segments import AttentionRule, Segment
@@ -178,7 +178,7 @@ def length_bound(
     limit = settings.max_text_tokens
     known = num_text_tokens >= 0
     text = min(num_text_tokens, limit) if known else limit
-    costs = [_picture_cost(size, settings) for size in image_sizes]
+    costs = [picture_cost(size, settings) for size in image_sizes]
 
     def pictures(side: Side) -> tuple[int, int]:
         return _added([costs[part.image] for part in side if part.kind == "image"])
@@ -197,12 +197,12 @@ def length_bound(
         return query[0] + 2 * limit + 2, query[1]
     instruction = len(vocabulary.encode(settings.instruction)) + 1 if settings.instruction else 0
     texts = [" ".join(side_texts(side)) for side in record.positives or (record.target,)]
-    longest = max(min(len(vocabulary.encode(one)), limit) for one in texts)
+    longest = max(min(len(vocabulary.encode(text_start(one, limit))), limit) for one in texts)
     tokens = query[0] + target[0] + min(text + instruction, limit) + longest + 2
     return tokens, query[1] + target[1]
 
 
-def _picture_cost(size: tuple[int, int], settings: ViewSettings) -> tuple[int, int]:
+def picture_cost(size: tuple[int, int], settings: ViewSettings) -> tuple[int, int]:
     """Tokens and patches of a picture of that size; none if it cannot be used."""
     try:
         height, width = settings.pictures.model_size(*size)
@@ -353,9 +353,9 @@ def _joined(parts: Sequence[Ints]) -> torch.Tensor:
 __all__ = [
     "EmbeddingInfo",
     "build_pack",
-    "greedy_knapsack",
     "identity_number",
     "length_bound",
     "patchify",
+    "picture_cost",
     "rope_positions",
 ]

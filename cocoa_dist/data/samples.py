@@ -30,6 +30,9 @@ Bools = NDArray[np.bool_]
 _TOKENIZER_FILE = "tokenizer.json"
 _WHITE = 255
 _MEMO_TEXTS = 65536  # encoded texts kept; names and short captions recur in every pass
+_MEMO_LENGTH = 256  # characters; longer texts are encoded anew, they would fill the memory
+_MIN_ENCODED_LENGTH = 65536  # characters; shorter texts are always encoded whole
+_CHARACTERS_PER_TOKEN = 64  # more than any text has for long
 _NAME_ALONE_SHARE = 0.3  # of captions when keywords are sampled
 _WITH_NAME_SHARE = 0.75  # of the captions that have keywords
 
@@ -47,6 +50,7 @@ class Vocabulary:
     size: int  # ids are below it; the model's embedding table must be at least as large
     encoder: Callable[[str], Sequence[int]] = field(repr=False, compare=False)
     sha256: str = ""  # of tokenizer.json; "" where there is none
+    new: range = range(0)  # ids of the tokens that the recipe has added to the tokenizer's own
 
     def encode(self, text: str) -> list[int]:
         """Return plain BPE ids: special tokens written out in a text are read as text."""
@@ -54,13 +58,14 @@ class Vocabulary:
 
     @classmethod
     def load(cls, tokenizer_path: Path, model_config: ModelConfig) -> "Vocabulary":
-        """Load from a Hugging Face folder; a mask token that it lacks is added behind the last id.
+        """Load from a Hugging Face folder; what it lacks of a recipe's tokens goes behind the last.
 
         Raises ValueError naming the folder and the token that is missing.
         """
-        tokenizer = _load_tokenizer(tokenizer_path)
-        if tokenizer.token_to_id(model_config.mask_token) is None:
-            tokenizer.add_special_tokens([model_config.mask_token])
+        tokenizer = load_tokenizer(tokenizer_path)
+        first_new = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        wanted = (model_config.mask_token, *model_config.new_tokens)
+        tokenizer.add_special_tokens([t for t in wanted if tokenizer.token_to_id(t) is None])
         tokens = {
             "eos": model_config.bridge_token,
             "image_pad": "<|image_pad|>",
@@ -74,24 +79,28 @@ class Vocabulary:
         if missing:
             raise ValueError(
                 f"tokenizer {tokenizer_path} has no token {', '.join(missing)}, expected one of "
-                "Qwen2-VL's kind; set model.tokenizer or model.bridge_token"
+                "Qwen2-VL's kind; set model.tokenizer or model.bridge_token, or model.new_tokens"
             )
         file = tokenizer_path / _TOKENIZER_FILE
         return cls(
             **{name: vocabulary[token] for name, token in tokens.items()},
             size=1 + max(vocabulary.values()),
-            encoder=lru_cache(maxsize=_MEMO_TEXTS)(
+            encoder=_memoising_short(
                 lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
             ),
             sha256=sha256_file(file) if file.is_file() else "",
+            new=range(first_new, 1 + max(vocabulary.values())),
         )
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """Read tokenizer.json without transformers, whose import takes seconds, where there is one."""
     file = path / _TOKENIZER_FILE
     if file.is_file():
-        tokenizer = Tokenizer.from_file(str(file))
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers has no class of its own for it
+            raise ValueError(f"{file} cannot be read: {error}; fetch the model again") from error
     else:
         from transformers import AutoTokenizer
 
@@ -100,6 +109,17 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a caption that says <|image_pad|> says just that
     return tokenizer
+
+
+def _memoising_short(encode: Callable[[str], Sequence[int]]) -> Callable[[str], Sequence[int]]:
+    """Return `encode` with a memory for short texts."""
+    remembered = lru_cache(maxsize=_MEMO_TEXTS)(encode)
+    return lambda text: remembered(text) if len(text) <= _MEMO_LENGTH else encode(text)
+
+
+def text_start(text: str, max_tokens: int) -> str:
+    """Return as much of a text as can matter: ten megabytes take 12 s to encode, each time."""
+    return text[: max(_MIN_ENCODED_LENGTH, _CHARACTERS_PER_TOKEN * max_tokens)]
 
 
 class PictureCache:
@@ -130,6 +150,11 @@ class PictureCache:
             _, dropped = self._kept.popitem(last=False)
             self._num_bytes -= dropped.nbytes
         return picture
+
+    @property
+    def factor(self) -> int:
+        """Pixels of one side that a visual token covers."""
+        return self._geometry.factor
 
     def fit(self, image: Pixels) -> Pixels:
         """Resize to the model's size; a picture that has it is returned as it is."""
@@ -285,11 +310,12 @@ class _Writer:
 
     def text(self, text: str, role: Role = Role.CONTEXT) -> None:
         """Write a text, cut to max_text_tokens. Raises ValueError if it has no token."""
-        ids = self._vocabulary.encode(text)
-        if not ids:
-            raise ValueError(f"text {text!r} has no tokens, expected some text")
         limit = self._settings.max_text_tokens
-        self._truncated += len(ids) > limit
+        start = text_start(text, limit)
+        ids = self._vocabulary.encode(start)
+        if not ids:
+            raise ValueError(f"text {text[:40]!r} has no tokens, expected some text")
+        self._truncated += len(ids) > limit or len(start) < len(text)
         self._write(ids[:limit], role, is_text=True)
 
     def token(self, token: int, role: Role = Role.CONTEXT, *, is_text: bool = False) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from cocoa_dist.data.store import Store, open_store
 from cocoa_dist.manifest import sha256_file
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 RECORD_INDEX = "index/records.arrow"
 BATCH_INDEX = "index/batches.arrow"
+REJECTED_LIST = "rejected.jsonl"  # rows of the source that became no record; may be missing
+BUILD_FOLDER = ".build"  # what a builder notes while it works; gone when the manifest is there
 ENERGON_FOLDER = ".nv-meta"
 ENERGON_FILES = (".info.json", "split.yaml", "dataset.yaml")
 UNKNOWN_TOKENS = -1  # num_text_tokens of a data set that was written without a tokenizer
@@ -67,8 +70,8 @@ class DatasetInfo:
     count: int  # records
     num_batches: int
     num_shards: int
-    records_per_batch: int  # in every batch but the last
-    records_per_shard: int  # in every shard but the last
+    records_per_batch: int  # in every batch but the last of a shard, unless pictures are huge
+    records_per_shard: int  # source rows, in every shard but the last
     bytes: int  # of all files but the manifest
     tokenizer_sha256: str  # of the tokenizer that counted num_text_tokens; "" if none did
     fingerprint: str  # sha256 over the checksums of all records, in order
@@ -85,19 +88,23 @@ def dataset_info(manifest: dict[str, Any]) -> DatasetInfo:
     return DatasetInfo(**{field.name: manifest[field.name] for field in fields(DatasetInfo)})
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of the data set in folder `path`.
+def read_manifest(store: Store | Path) -> dict[str, Any]:
+    """Return the manifest of the data set in a store, or in a folder.
 
-    Raises ValueError if there is none, if it is damaged, or if its schema is not ours.
+    Raises ValueError if there is none, if it is damaged, or if its schema is not ours; OSError if
+    the store fails.
     """
-    file = path / MANIFEST_NAME
-    if not file.is_file():
-        raise ValueError(
-            f"{path} is not a data set: it has no {MANIFEST_NAME}. Writing it was interrupted, or "
-            "the path is wrong; rebuild the data set or correct the path"
-        )
+    store = open_store(store) if isinstance(store, Path) else store
+    file = f"{store.location}/{MANIFEST_NAME}"
     try:
-        manifest = dict(json.loads(file.read_bytes()))
+        content = store.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{store.location} is not a data set: it has no {MANIFEST_NAME}. Writing it was "
+            "interrupted, or the path is wrong; rebuild the data set or correct the path"
+        ) from error
+    try:
+        manifest = dict(json.loads(content))
         version = manifest["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -115,15 +122,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+def check_sizes(store: Store | Path, manifest: dict[str, Any]) -> None:
     """Raise ValueError for the first file of the data set that is missing or has another size."""
+    store = open_store(store) if isinstance(store, Path) else store
+    sizes = store.sizes(entry["path"] for entry in manifest["files"])
     for entry in manifest["files"]:
-        file = path / entry["path"]
-        found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
+        name = entry["path"]
+        found = f"{sizes[name]} bytes" if name in sizes else "no file"
         if found != f"{entry['bytes']} bytes":
             raise ValueError(
-                f"{file}: found {found}, expected {entry['bytes']} bytes; rebuild the data set or "
-                "restore the file"
+                f"{store.location}/{name}: found {found}, expected {entry['bytes']} bytes; rebuild "
+                "the data set or restore the file"
             )
 
 
@@ -151,9 +160,19 @@ def remove_dataset(path: Path) -> None:
     (path / MANIFEST_NAME).unlink(missing_ok=True)
     for name in file_names(path):
         (path / name).unlink()
+    remove_build(path)
     for folder in (path / "index", path / ENERGON_FOLDER):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def remove_build(path: Path) -> None:
+    """Remove what a builder noted while it worked."""
+    folder = path / BUILD_FOLDER
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
 
 
 def file_names(folder: Path) -> list[str]:
@@ -161,6 +180,6 @@ def file_names(folder: Path) -> list[str]:
     shards = sorted(
         path.name for path in folder.glob("shard-*.arrow") if re.match(r"shard-\d+\.", path.name)
     )
-    others = [RECORD_INDEX, BATCH_INDEX]
+    others = [RECORD_INDEX, BATCH_INDEX, REJECTED_LIST]
     others += [f"{ENERGON_FOLDER}/{name}" for name in ENERGON_FILES]
     return shards + [name for name in others if (folder / name).is_file()]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cocoa_dist.config import RunConfig
+from cocoa_dist.config import ModelConfig, RunConfig
 from cocoa_dist.data.records import Record
 from cocoa_dist.export import (
     CardInfo,
@@ -26,6 +26,7 @@ from cocoa_dist.export import (
 )
 from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.report.facts import RunFacts
+from cocoa_dist.train.build import load_vocabulary
 from cocoa_dist.train.evaluate import (
     Embedder,
     Item,
@@ -131,7 +132,7 @@ def export_arm(
     shutil.rmtree(staging, ignore_errors=True)
     export_folder(
         model=embedder.model.backbone,
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer_folder(config.model)),
+        tokenizer=export_tokenizer(config.model),
         destination=staging,
         image_settings=_image_settings(config, embedder),
         bidirectional=embedder.stage.attention.rule in _TWO_WAY_RULES,
@@ -151,6 +152,26 @@ def export_arm(
     shutil.rmtree(destination, ignore_errors=True)
     staging.rename(destination)
     return Exported(path=destination, difference=difference)
+
+
+def export_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer with the tokens that training has added, EOS as in training.
+
+    Raises ValueError if EOS does not get the id that it was trained with.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config))
+    known = tokenizer.get_vocab()
+    added = [token for token in (config.mask_token, *config.new_tokens) if token not in known]
+    tokenizer.add_tokens(added, special_tokens=True)
+    tokenizer.eos_token = config.bridge_token
+    found, trained = tokenizer.eos_token_id, load_vocabulary(config).eos
+    if found != trained:
+        raise ValueError(
+            f"{config.bridge_token} has the id {found} in {tokenizer.name_or_path}, training had "
+            f"{trained}: its tokenizer_config.json and tokenizer.json list other tokens"
+        )
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
 
 
 def self_test_vectors(embedder: Embedder, sets: Sequence[HeldOut]) -> list[SelfTestVector]:

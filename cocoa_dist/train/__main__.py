@@ -4,7 +4,7 @@ The launcher starts it once per rank; by hand it prints a resolved recipe, build
 stage without training, or drives one batch to zero.
 """
 
-from cocoa_dist.runtime import EXIT_BAD_INPUT, StopRequest
+from cocoa_dist.runtime import EXIT_BAD_INPUT, StopRequest, imports_that_stay
 
 # Before anything heavy: a signal during imports would otherwise kill the process.
 _STOP = StopRequest()
@@ -21,6 +21,7 @@ from pathlib import Path  # noqa: E402
 
 from cocoa_dist.config import RunConfig, dump_yaml, load_recipe, resolve_path  # noqa: E402
 
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _EXAMPLES = """\
 examples:
   see the resolved recipe, in under a second:
@@ -49,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in _NOT_WRITABLE:
             raise
-        sys.stderr.write(f"error: {error}; make room, then start the same command again\n")
+        remedy = "make room or give permission, then start the same command again"
+        sys.stderr.write(f"error: {error}; {remedy}\n")
         return EXIT_BAD_INPUT
 
 
@@ -72,9 +74,11 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
         return overfit_one_batch(config, stage, run_dir=arguments.run_dir, steps=arguments.steps)
     if arguments.run_dir is None:
         raise ValueError("training needs --run-dir; `python -m launcher run` gives it to its ranks")
-    from cocoa_dist.train.checkpoint import SaveError
-    from cocoa_dist.train.session import run_stage
+    with imports_that_stay():
+        from cocoa_dist.train.checkpoint import SaveError
+        from cocoa_dist.train.session import import_engine, run_stage
 
+        import_engine(config)
     try:
         run_stage(config, stage, run_dir=arguments.run_dir, stop=_STOP)
     except SaveError as error:
@@ -82,7 +86,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
             raise
         raise ValueError(
             f"a checkpoint could not be written: {error}; older checkpoints are untouched, make "
-            "room and start the same command again"
+            "room or give permission and start the same command again"
         ) from error
     return 0
 

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.config import EngineConfig, GradCacheConfig, OptimizerConfig
-from cocoa_dist.distributed import raise_together, rank, sum_over_ranks, world_size
+from cocoa_dist.distributed import (
+    raise_together,
+    rank,
+    sum_over_ranks,
+    training_device,
+    world_size,
+)
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.objectives.base import Objective, weighted_total
 from cocoa_dist.train import shards, zero_state
@@ -71,6 +77,7 @@ class TrainEngine:
         self.settings = settings or EngineConfig()
         self.grad_cache = grad_cache or GradCacheConfig()
         self.before_update: Callable[[], None] = lambda: None  # the last that reads the old weights
+        self.device = training_device()
         self.residency = decide_residency(self.settings.resident_parameters, model)
         self._wrap(model, mechanics=ds_config, dtype=dtype)
 
@@ -174,7 +181,7 @@ class TrainEngine:
         if self.uses_grad_cache(len(packs)):
             with self._reduction(len(packs)):
                 return cached_backward(
-                    packs,
+                    [pack.to(self.device) for pack in packs],
                     objective=self.objective,
                     factors=factors,
                     packs_per_chunk=self.grad_cache.packs,
@@ -182,16 +189,17 @@ class TrainEngine:
                     backward=self._backward_once,
                 )
         groups = [packs] if self.objective.step_wide else [[pack] for pack in packs]
-        totals = dict.fromkeys(factors, 0.0)
+        totals = {name: torch.zeros((), dtype=torch.float64) for name in factors}
         with self._reduction(len(groups)):
-            for index, group in enumerate(groups):
+            for index, on_host in enumerate(groups):
+                group = [pack.to(self.device) for pack in on_host]
                 outputs = [self._forward(pack) for pack in group]
                 sums = self.objective.sums(outputs, group)
                 loss = weighted_total(sums, factors)
                 self._backward_once(loss, last=index == len(groups) - 1)
                 for name, value in sums.items():
-                    totals[name] += value.detach().item()
-        return totals
+                    totals[name] = totals[name].to(value.device) + value.detach()
+        return {name: total.item() for name, total in totals.items()}  # the host waits once
 
     def uses_grad_cache(self, num_packs: int) -> bool:
         """Say whether a step of so many packs a rank runs in chunks; the same on all ranks."""
@@ -313,7 +321,7 @@ def _is_about_us(record: logging.LogRecord) -> bool:
 
 def import_deepspeed() -> Any:
     """Import DeepSpeed quietly; on CPU keep it from compiling its shared-memory collective."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

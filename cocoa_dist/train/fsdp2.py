@@ -32,9 +32,8 @@ class Fsdp2Engine(TrainEngine):
     def _wrap(self, model: nn.Module, *, mechanics: Mapping[str, Any], dtype: str) -> None:
         """Shard the model; `mechanics` are DeepSpeed's and not read."""
         keep = self.residency.resident
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(device, (world_size(),)),
+            "mesh": init_device_mesh(self.device.type, (world_size(),)),
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
                 reduce_dtype=torch.float32,

@@ -7,14 +7,15 @@ stopped the run. All ranks decide alike, because every flag rides on the step's 
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cocoa_dist.batch import StepBatch
 from cocoa_dist.config import RunConfig
-from cocoa_dist.data.fullest import fullest_pack
+from cocoa_dist.data.fullest import fullest_pack, most_packs
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.distributed import rank, world_size
 from cocoa_dist.manifest import Manifest
@@ -160,9 +161,10 @@ class StageRun:
             self.engine,
             run_dir=self.run_dir,
             keep_last=self.config.checkpoint.keep_last,
-            largest_pack=None
+            fullest=None
             if self.progress.step
-            else lambda: fullest_pack(self.loader, world_size=world_size()),
+            else partial(fullest_pack, self.loader, world_size=world_size()),
+            packs_a_step=most_packs(self.loader.plan, world_size=world_size()),
         )
 
     def _steps(self) -> StageEnd:
@@ -258,7 +260,7 @@ class StageRun:
 
     def _quarantine(self, step: int, batch: StepBatch) -> None:
         for fault in batch.bad_records:
-            self.quarantine.append({"stage": self.stage_name, "step": step, "record": fault})
+            self.quarantine.append({"stage": self.stage_name, "step": step, **asdict(fault)})
             log.warning("step %d: record left out: %s", step, fault)
 
     def _note_skip(self, batch: StepBatch, stats: StepStats) -> None:

@@ -1,8 +1,8 @@
 """Trying out, before the first step, what would otherwise fail in the middle of a night.
 
-A collective, a write into the run folder, room for two checkpoints, and the largest pack forward
-and backward. Leaves weights, gradients, optimizer and generators as they were: a run with it has
-the same numbers as one without.
+A collective, a write into the run folder, room for two checkpoints, and the fullest pack forward
+and backward, as many of it as a step keeps at once. Leaves weights, gradients, optimizer and
+generators as they were: a run with it has the same numbers as one without.
 """
 
 import logging
@@ -10,15 +10,17 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 from cocoa_dist.batch import PackedBatch
+from cocoa_dist.data.fullest import Fullest
 from cocoa_dist.distributed import raise_together, rank, sum_over_ranks, world_size
 from cocoa_dist.runtime import random_state, restore_random_state
 from cocoa_dist.train.engine import TrainEngine
+from cocoa_dist.train.guards import name_records
 
 log = logging.getLogger("cocoa_dist.train")
 
@@ -33,23 +35,27 @@ def preflight(
     *,
     run_dir: Path,
     keep_last: int,
-    largest_pack: Callable[[], PackedBatch] | None,
+    fullest: Callable[[Collection[int]], Fullest | None] | None,
+    packs_a_step: int = 1,
 ) -> None:
     """Try everything; rank 0 logs what it took. Collective: call on all ranks.
 
-    `largest_pack` is None where a stage goes on: its packs have been tried. Raises ValueError on
-    all ranks, naming what failed with numbers and what to change.
+    `fullest` makes the fullest pack without some records; it is None where a stage goes on: its
+    packs have been tried. Raises ValueError on all ranks, naming what failed with numbers and what
+    to change.
     """
     begin = time.monotonic()
     check_collective()
-    needed = CHECKPOINTS_IN_FLIGHT * checkpoint_bytes(engine)
+    needed = CHECKPOINTS_IN_FLIGHT * checkpoint_bytes(engine) + engine.weights_bytes()
     raise_together(lambda: check_write(run_dir))
     raise_together(lambda: check_disk(run_dir, needed=needed, keep_last=keep_last))
     parts = ["collective", "checkpoint write", f"room for {needed / _GIB:.2f} GiB"]
-    if largest_pack is not None:
-        pack = largest_pack()
-        check_largest_pack(engine, pack)
-        parts.append(f"a pack of {pack.num_tokens} tokens, {len(pack.pixel_values)} patches")
+    if fullest is not None:
+        held = packs_held(engine, packs_a_step)
+        pack = check_fullest_pack(engine, fullest, held=held)
+        times = f"{held} times " if held > 1 else ""
+        size = f"{pack.num_tokens} tokens, {len(pack.pixel_values)} patches"
+        parts.append(f"{times}a pack of {size}")
     if rank() == 0:
         log.info("pre-flight in %.2f s: %s", time.monotonic() - begin, ", ".join(parts))
 
@@ -106,35 +112,71 @@ def check_disk(run_dir: Path, *, needed: int, keep_last: int) -> None:
     if free < needed:
         raise ValueError(
             f"pre-flight: {run_dir} has {free / _GIB:.2f} GiB free, {CHECKPOINTS_IN_FLIGHT} "
-            f"checkpoints need {needed / _GIB:.2f} GiB: make room, lower checkpoint.keep_last "
-            f"(now {keep_last}), or give a --run-dir on another disk"
+            f"checkpoints, one with all weights, need {needed / _GIB:.2f} GiB: make room, lower "
+            f"checkpoint.keep_last (now {keep_last}), or give a --run-dir on another disk"
         )
 
 
-def check_largest_pack(engine: TrainEngine, pack: PackedBatch) -> None:
-    """Run the pack forward and backward and forget it. Collective: call on all ranks.
+def packs_held(engine: TrainEngine, packs_a_step: int) -> int:
+    """Return how many packs' activations a step keeps at once on a rank."""
+    if not engine.objective.step_wide:
+        return 1
+    if engine.uses_grad_cache(packs_a_step):
+        return min(packs_a_step, engine.grad_cache.packs)
+    return packs_a_step
 
-    Raises ValueError if memory does not suffice or the loss is not finite.
+
+def check_fullest_pack(
+    engine: TrainEngine, fullest: Callable[[Collection[int]], Fullest | None], *, held: int
+) -> PackedBatch:
+    """Try the fullest pack, and where its loss is not finite another one; return the first.
+
+    If other records do, some of the first are to blame, and the guards of the steps will leave
+    them out: they are named and the run goes on. Raises ValueError if no pack does, or memory does
+    not suffice. Collective: call on all ranks.
+    """
+    first = fullest(())
+    assert first is not None, "a stage has records"
+    loss = loss_of_pack(engine, first.pack, held=held)
+    if math.isfinite(loss):
+        return first.pack
+    second = fullest(first.records)
+    if second is None or not math.isfinite(loss_of_pack(engine, second.pack, held=held)):
+        raise ValueError(
+            f"pre-flight: the loss of the largest pack of the stage ({first.pack.num_tokens} "
+            f"tokens) is {loss}: are the weights the stage starts from whole, and does model.dtype "
+            "hold them?"
+        )
+    if rank() == 0:
+        log.warning(
+            "pre-flight: the loss of the largest pack is %s, that of the next one is not; steps "
+            "with such a record will be skipped. It is among %s of %s",
+            *(loss, name_records(first.keys), first.source),
+        )
+    return first.pack
+
+
+def loss_of_pack(engine: TrainEngine, pack: PackedBatch, *, held: int) -> float:
+    """Run a pack forward and backward, `held` of it at once, and forget it.
+
+    Returns the sum of its terms over all ranks. Collective: call on all ranks. Raises ValueError
+    if memory does not suffice.
     """
     generators = random_state()
     try:
-        terms = engine.accumulate([pack])
+        terms = engine.accumulate([pack] * held)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; on a host it has no class
         if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             raise
         raise ValueError(
             f"pre-flight: the largest pack of the stage ({pack.num_tokens} tokens, "
-            f"{len(pack.pixel_values)} patches) does not fit into memory on rank {rank()}: "
-            f"{str(error).splitlines()[0]}. Lower data.tokens_per_pack or data.patches_per_pack, "
-            "set model.checkpoint_activations=true, or engine.resident_parameters=false"
+            f"{len(pack.pixel_values)} patches, {held} at once) does not fit into memory on rank "
+            f"{rank()}: {str(error).splitlines()[0]}. Lower data.tokens_per_pack or "
+            "data.patches_per_pack, set model.checkpoint_activations=true, or "
+            "engine.resident_parameters=false"
         ) from error
     finally:
         restore_random_state(generators)
     engine.discard_gradients()
     local = sum(term.local_sum for term in terms.values())
-    total = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).item()
-    if not math.isfinite(total):
-        raise ValueError(
-            f"pre-flight: the loss of the largest pack of the stage ({pack.num_tokens} tokens) is "
-            f"{total}: are the weights the stage starts from whole, and does model.dtype hold them?"
-        )
+    return sum_over_ranks(torch.tensor(local, dtype=torch.float64)).item()

@@ -12,7 +12,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cocoa_dist.distributed import gather_objects, local_world_size, rank, world_size
+from cocoa_dist.distributed import (
+    gather_objects,
+    local_world_size,
+    rank,
+    training_device,
+    world_size,
+)
 
 log = logging.getLogger("cocoa_dist.train")
 
@@ -69,7 +75,7 @@ def resident_bytes(model: nn.Module, *, world_size: int) -> int:
 
 def available_bytes() -> int:
     """Return this rank's share of the memory that is free now: of its GPU, or of the host."""
-    if torch.cuda.is_available():
+    if training_device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return int(free)
     return host_bytes() // local_world_size()

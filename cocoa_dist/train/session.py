@@ -80,10 +80,10 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         world_size=world.size,
         start_step=start_step,
         folder=run_dir / "data",
+        num_nodes=distributed.num_nodes(),
+        state=found.manifest.data_state if found.manifest else None,
     )
     _agree_on_plan(loader)
-    if found.manifest is not None:
-        loader.plan.check_state(found.manifest.data_state)
     template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
     refuse_other_base(found, template)
     engine = build_engine(config, stage_name, parts)

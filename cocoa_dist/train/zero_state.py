@@ -117,6 +117,11 @@ def filling(
     deepspeed.skipped_steps = to.skipped_steps
 
 
+def num_weights(module: nn.Module) -> int:
+    """Return how many weights the whole model has, wherever they are; tied ones count once."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the model's buffers that belong to its state (live)."""
     known = dict(module.named_buffers())

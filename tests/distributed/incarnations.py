@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ranks import free_port
+from warm import Rank
 
 from cocoa_dist.manifest import Manifest, newest
 from cocoa_dist.metrics import read_json_lines
@@ -46,8 +46,8 @@ class Incarnation:
         self.log = run_dir.parent / f"{run_dir.name}.log{number}"
         if epoch:
             (run_dir / "epoch").write_text(epoch)
-        command = [
-            *(sys.executable, str(TRAINER), moment.name, moment.rank, str(moment.count)),
+        arguments = [
+            *(moment.name, moment.rank, str(moment.count)),
             *("debug", "data.log_sample_ids=true", *overrides),
             *("--stage", stage, "--run-dir", str(run_dir)),
         ]
@@ -61,12 +61,12 @@ class Incarnation:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
+                # As users run it. With DETAIL every collective is two, and half of the time is the
+                # kernel's; that no rank calls another one than the others is shown by `launch`.
+                "TORCH_DISTRIBUTED_DEBUG": "OFF",
                 "COCOA_EPOCH": epoch,
             }
-            with self.log.open("a") as log:
-                self.ranks.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-                )
+            self.ranks.append(Rank(TRAINER, arguments, environment=environment, log=self.log))
 
     def wait(self) -> list[int]:
         """Wait until all have left, or until one has died and the others are ended; exit codes."""

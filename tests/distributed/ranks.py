@@ -3,11 +3,10 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from warm import Rank
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -33,9 +32,8 @@ def launch(
             "DS_ACCELERATOR": "cpu",
             "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
         }
-        command = [sys.executable, str(worker), str(jobs_file), str(out)]
-        with (folder / f"rank{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        arguments, log = [str(jobs_file), str(out)], folder / f"rank{rank}.log"
+        ranks.append(Rank(worker, arguments, environment=environment, log=log))
     try:
         codes = [process.wait(timeout=600) for process in ranks]
     finally:

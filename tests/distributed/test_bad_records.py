@@ -55,8 +55,10 @@ def test_bad_record_is_left_out_named_and_counted(data, tmp_path) -> None:
     lines = list(read_json_lines(tmp_path / "run" / "quarantine" / f"{STAGE}.rank0.jsonl"))
     assert len(lines) == 3
     for line in lines:  # data set, row, key, and why
-        assert line["record"].startswith("emoji 5 ")
-        assert "is not a readable picture" in line["record"]
+        assert (line["dataset"], line["number"], line["row"]) == ("emoji", 5, 5)
+        assert line["shard"] == "shard-00000.arrow"
+        assert line["kind"] == "picture is truncated"
+        assert "truncated or damaged" in line["reason"]
 
 
 @pytest.mark.slow

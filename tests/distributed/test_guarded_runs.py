@@ -1,17 +1,25 @@
 """What a run of two ranks does about steps that are not finite, and about a rank that hangs."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from ranks import free_port
+from safetensors.torch import load_file
+from warm import Rank
 
+from cocoa_dist.config import load_recipe, resolve_path
+from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.manifest import newest
 from cocoa_dist.metrics import read_json_lines
 from cocoa_dist.runtime import EXIT_HUNG
+from cocoa_dist.train.build import StageParts, build_parts
 from launcher.faults import Departure, choose_culprit
 
 TRAINER = Path(__file__).with_name("guarded_trainer.py")
@@ -34,7 +42,8 @@ class Run:
         return list(read_json_lines(self.folder / "skipped" / f"{STAGE}.rank{rank}.jsonl"))
 
 
-def train(folder: Path, *overrides: str, faults: str = "") -> Run:
+def train(folder: Path, *overrides: str, faults: str = "", fresh: bool = False) -> Run:
+    """Train on two ranks; `fresh`: in new interpreters, for what is patched as they start."""
     folder.mkdir(parents=True, exist_ok=True)
     port, ranks = free_port(), []
     logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
@@ -48,10 +57,15 @@ def train(folder: Path, *overrides: str, faults: str = "") -> Run:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [
-            *(sys.executable, str(TRAINER), "debug", f"stages.{STAGE}.init_from=model"),
+        arguments = [
+            *("debug", f"stages.{STAGE}.init_from=model"),
             *("--stage", STAGE, "--run-dir", str(folder), *overrides),
         ]
+        path.touch()
+        if not fresh:
+            ranks.append(Rank(TRAINER, arguments, environment=environment, log=path))
+            continue
+        command = [sys.executable, str(TRAINER), *arguments]
         with path.open("w") as log:
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
@@ -116,6 +130,102 @@ def test_too_many_steps_that_are_not_finite_end_the_run_by_name(tmp_path) -> Non
         last = run.logs[rank].read_text().splitlines()[-1]
         assert "error: 2 steps in a row were skipped, up to step 4" in last
         assert run.skipped(rank)[-1]["records"][0] in last
+
+
+class OneBadRow:
+    """A base model in which one token overflows, and where that token comes in the stage's steps.
+
+    Its head is not tied to the embedding, so that every record without the token is sound.
+    """
+
+    TWICE = 2  # steps that the token comes in
+
+    def __init__(self, folder: Path, *, value: float) -> None:
+        self.config = load_recipe("debug", [f"stages.{STAGE}.init_from=model"])
+        parts = build_parts(self.config, STAGE, run_dir=None)
+        self.token, self.places = self._rare_token(parts, folder / "data")
+        backbone = parts.model.backbone
+        backbone.config.tie_word_embeddings = False
+        backbone.config.text_config.tie_word_embeddings = False
+        backbone.lm_head.weight = torch.nn.Parameter(backbone.lm_head.weight.detach().clone())
+        with torch.no_grad():
+            backbone.model.language_model.embed_tokens.weight[self.token] = value
+        backbone.save_pretrained(folder / "model")
+        tokenizer = resolve_path("asset:tokenizer")
+        shutil.copy(tokenizer / "tokenizer.json", folder / "model")
+        self.overrides = ("model.random=null", f"model.path={folder / 'model'}")
+
+    def _rare_token(self, parts: StageParts, folder: Path) -> tuple[int, list[tuple[int, int]]]:
+        """Return a token that one record alone has, in two steps; and (step, rank) of these."""
+        loader = StageLoader(
+            *(self.config, STAGE),
+            **{"vocabulary": parts.vocabulary, "geometry": parts.geometry, "rank": 0},
+            **{"world_size": WORLD, "start_step": 1, "folder": folder},
+        )
+        encoder, source = loader._dataset._encoder, loader._dataset._sources["emoji"]
+        found: dict[int, list[tuple[int, int, str]]] = {}
+        for step in range(1, 9):
+            for rank, packs in enumerate(loader.plan.step(step, WORLD).ranks):
+                for slot in (slot for pack in packs for slot in pack):
+                    keys: list[str] = []
+                    draft = encoder._encode_pack((slot,), source, keys=keys, bad=[])
+                    for token in {*np.concatenate([s.input_ids for s in draft.samples]).tolist()}:
+                        found.setdefault(token, []).append((step, rank, keys[0]))
+        loader.close()
+        token = min(
+            token
+            for token, places in found.items()
+            if len({key for *_, key in places}) == 1 and len(places) == self.TWICE
+            if places[0][0] > 1
+        )
+        self.key = found[token][0][2]
+        return token, [(step, rank) for step, rank, _ in found[token]]
+
+
+def assert_named(bad: OneBadRow, run: Run, *, kinds: tuple[str, ...]) -> None:
+    """The steps that the token comes in are left out, and its record is named by its own rank."""
+    steps = [step for step, _ in bad.places]
+    assert [line["step"] for line in run.metrics() if line["skipped"]] == steps
+    for rank in range(WORLD):
+        lines = run.skipped(rank)
+        assert [line["step"] for line in lines] == steps
+        assert tuple(line["not_finite"] for line in lines) == kinds
+        for line, place in zip(lines, bad.places, strict=True):
+            assert (bad.key in line["records"]) == (place[1] == rank)
+            assert line["here"] == (line["not_finite"] == "loss" and place[1] == rank)
+
+
+@pytest.mark.slow
+def test_a_record_that_overflows_is_left_out_and_the_stage_ends_well(tmp_path) -> None:
+    """Read from its shard, tokenised, packed and multiplied: nothing stands in for anything.
+
+    The loss is finite (a norm makes 0 of 3e38), the gradient is not.
+    """
+    bad = OneBadRow(tmp_path, value=3e38)
+    run = train(tmp_path / "run", *bad.overrides)
+    assert run.codes == [0, 0], run.logs[1].read_text()[-3000:]
+    assert_named(bad, run, kinds=("gradient", "gradient"))
+    end = newest(run.folder, stage=STAGE)
+    assert end is not None
+    assert end[1].skipped_steps == bad.TWICE
+    weights = load_file(end[0] / "weights.safetensors")
+    assert [name for name, value in weights.items() if not value.isfinite().all()] == []
+
+
+@pytest.mark.slow
+def test_records_whose_loss_is_not_finite_too_often_end_the_run_by_name(tmp_path) -> None:
+    """In the second of the two steps nothing of the record is supervised: its loss is sound."""
+    bad = OneBadRow(tmp_path, value=torch.inf)
+    run = train(tmp_path / "run", *bad.overrides, f"guards.max_skipped={bad.TWICE}")
+    assert run.codes == [2, 2]
+    assert_named(bad, run, kinds=("loss", "gradient"))
+    last_step, rank = bad.places[-1]
+    for log in run.logs:
+        expected = f"error: {bad.TWICE} steps in the stage were skipped, up to step {last_step}"
+        assert expected in log.read_text().splitlines()[-1]
+    named = run.skipped(rank)[-1]["records"]
+    assert named[0] in run.logs[rank].read_text().splitlines()[-1]
+    assert len(run.metrics()) == last_step
 
 
 UNMOVED = """
@@ -189,9 +299,10 @@ def test_a_full_disk_is_seen_before_step_1(tmp_path) -> None:
     (site / "sitecustomize.py").write_text(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-        run = train(tmp_path / "run")
+        run = train(tmp_path / "run", fresh=True)
     assert run.codes == [2, 2]
-    assert "has 0.00 GiB free, 2 checkpoints need 0.0" in run.logs[0].read_text().splitlines()[-1]
+    last = run.logs[0].read_text().splitlines()[-1]
+    assert "has 0.00 GiB free, 2 checkpoints, one with all weights, need 0.0" in last
     assert run.metrics() == []
 
 

@@ -26,15 +26,29 @@ def command(run_dir: Path) -> list[str]:
     ]
 
 
+def environment() -> dict[str, str]:
+    """As users have it: with DETAIL every collective is two, half of the time is the kernel's."""
+    return {**os.environ, "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+
+
 def start(run_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(run_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(run_dir),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
     )
 
 
-def finish(run_dir: Path) -> str:
+def finish(run_dir: Path, *more: str) -> str:
     done = subprocess.run(
-        command(run_dir), capture_output=True, text=True, timeout=LIMIT, check=False
+        [*command(run_dir), *more],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        env=environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -48,11 +62,8 @@ def history(run_dir: Path) -> list[tuple[object, ...]]:
     ]
 
 
-def records(run_dir: Path) -> dict[str, list[list[int]]]:
-    return {
-        stage: [r["records"] for r in read_json_lines(run_dir / "samples" / f"{stage}.jsonl")]
-        for stage in STAGES
-    }
+def records(run_dir: Path, stage: str) -> list[list[int]]:
+    return [r["records"] for r in read_json_lines(run_dir / "samples" / f"{stage}.jsonl")]
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
@@ -86,10 +97,15 @@ def undisturbed(tmp_path_factory) -> Path:
     return run_dir
 
 
-def assert_same_run(run_dir: Path, reference: Path) -> None:
-    assert history(run_dir) == history(reference)
-    assert records(run_dir) == records(reference)
-    for stage in STAGES:
+def finish_first_stage(run_dir: Path) -> None:
+    """Go on to the end of the stage: equal weights there make equal stages after it."""
+    finish(run_dir, "--until", STAGES[0])
+
+
+def assert_same_run(run_dir: Path, reference: Path, *, stages: tuple[str, ...] = STAGES) -> None:
+    assert history(run_dir) == [line for line in history(reference) if line[0] in stages]
+    for stage in stages:
+        assert records(run_dir, stage) == records(reference, stage)
         left, right = newest(run_dir, stage=stage), newest(reference, stage=stage)
         weights = [folder / "weights.safetensors" for folder, _ in (left, right)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -102,7 +118,8 @@ def test_undisturbed_run_uses_every_record_equally_often(undisturbed) -> None:
     assert [(stage, step) for stage, step, *_ in history(undisturbed)] == [
         (stage, step) for stage in STAGES for step in range(1, 9)
     ]
-    for steps in records(undisturbed).values():
+    for stage in STAGES:
+        steps = records(undisturbed, stage)
         used = [record for step in steps for record in step]
         assert len(used) == 8 * 24 == 3 * 64
         assert all(used.count(record) == 3 for record in range(64))
@@ -161,8 +178,8 @@ def test_sigterm_saves_leaves_and_goes_on_as_if_nothing_had_been(undisturbed, tm
     saved = newest(run_dir, stage="joint_reconstruction")
     assert saved is not None
     assert saved[1].step == history(run_dir)[-1][1]  # not one step was lost
-    finish(run_dir)
-    assert_same_run(run_dir, undisturbed)
+    finish_first_stage(run_dir)
+    assert_same_run(run_dir, undisturbed, stages=STAGES[:1])
 
 
 @pytest.mark.slow
@@ -175,12 +192,12 @@ def test_stop_ends_the_run_until_the_file_is_taken_away(undisturbed, tmp_path) -
     out, _ = launcher.communicate(timeout=LIMIT)
     assert launcher.returncode == 0, out
     steps = len(history(run_dir))
-    assert steps < 24
+    assert steps < 8
     assert "STOP" in finish(run_dir)
     assert len(history(run_dir)) == steps
     (run_dir / "STOP").unlink()
-    finish(run_dir)
-    assert_same_run(run_dir, undisturbed)
+    finish_first_stage(run_dir)
+    assert_same_run(run_dir, undisturbed, stages=STAGES[:1])
 
 
 def cut_to_middle(reference: Path, run_dir: Path) -> list[Path]:
@@ -229,7 +246,9 @@ def test_finished_run_says_so_and_changes_nothing(undisturbed) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_full_disk_ends_with_exit_2_and_the_last_checkpoint_untouched(tmp_path) -> None:
+def test_full_disk_ends_with_exit_2_and_the_last_checkpoint_untouched(
+    undisturbed, tmp_path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -255,7 +274,7 @@ def test_full_disk_ends_with_exit_2_and_the_last_checkpoint_untouched(tmp_path) 
         assert launcher.returncode == 2, out
         assert "No space left on device" in out
         filler.unlink()
-        finish(run_dir)
-        assert len(history(run_dir)) == 24
+        finish_first_stage(run_dir)
+        assert_same_run(run_dir, undisturbed, stages=STAGES[:1])
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

@@ -19,7 +19,7 @@ from launcher.runfolder import Holder, prepare
 from launcher.status import read_status
 
 FIELDS = """run recipe state stage step target_step epoch restarts replayed_steps goodput
-seconds last_checkpoint eta_seconds stages job""".split()
+seconds last_checkpoint eta_seconds stages quarantined job""".split()
 
 
 @pytest.fixture
@@ -173,11 +173,17 @@ def test_json_has_exactly_the_promised_fields(run_dir, capsys):
 
 def test_the_table_shows_stages_and_quarantined_records(run_dir, capsys):
     (run_dir / "quarantine").mkdir()
-    (run_dir / "quarantine" / "a.rank0.jsonl").write_text("{}\n{}\n")
-    (run_dir / "quarantine" / "a.rank1.jsonl").write_text("{}\n")
+    lines = [
+        '{"kind": "wrong checksum"}\n{"kind": "text is empty"}\n',
+        '{"kind": "wrong checksum"}\n',
+    ]
+    (run_dir / "quarantine" / "a.rank0.jsonl").write_text(lines[0])
+    (run_dir / "quarantine" / "a.rank1.jsonl").write_text(lines[1] + '{"kind": "te')  # torn
     assert main(["status", str(run_dir)]) == 0
     out = capsys.readouterr().out
-    assert "3 records" in out
+    assert "3 uses of records: 2 wrong checksum, 1 text is empty" in out
+    counts = {"wrong checksum": 2, "text is empty": 1}
+    assert read_status(run_dir).quarantined == counts
     assert "pending" in out
 
 
@@ -216,7 +222,8 @@ def test_stop_says_what_happens_next_and_leaves_a_done_run_alone(run_dir, capsys
 
 def test_status_of_a_long_run_is_fast_and_needs_no_torch(run_dir):
     begin(run_dir)
-    put_checkpoint(run_dir, stage="a", step=4)
+    for step in range(1, 1001):
+        put_checkpoint(run_dir, stage="a", step=step, target_step=50_000)
     log(run_dir, range(1, 50_001))
     root = str(Path(launcher.__file__).parents[1])
     code = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,13 @@ def test_the_rendered_batch_file_is_the_golden_one(case, capsys):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text)
     assert text == golden.read_text()
-    checked = subprocess.run(["bash", "-n"], input=text, text=True, check=False)
-    assert checked.returncode == 0
+    linter = ["shellcheck", "-"] if shutil.which("shellcheck") else ["bash", "-n"]
+    first = "#!/usr/bin/env bash\n"
+    for script in text.split(first)[1:]:
+        checked = subprocess.run(
+            linter, input=first + script, capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stdout
 
 
 SBATCH = """\

@@ -44,6 +44,8 @@ def test_every_recipe_resolves_and_reads_back_equal(name, tmp_path) -> None:
         ("stages.contrastive.data.view=caption", "objective contrastive needs data.view pair"),
         ("data.image.max_pixelz=4", "did you mean 'max_pixels'"),
         ("sed=3", "sed: unknown key, did you mean 'seed'"),
+        ("model.new_tokens=[<a>, <b>, <a>]", "model: new_tokens has <a> twice; expected"),
+        ("model.new_tokens=['']", "model: new_tokens has an empty token; expected"),
         ("seed", "is not of the form a.b.c=value"),
         ("seed.x=3", "seed is a value, not a group"),
     ],

@@ -1,6 +1,7 @@
 """Spikes, skipped steps, the watchdog, and every way a pre-flight can fail."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cocoa_dist.config import GuardsConfig
-from cocoa_dist.data.fullest import fullest_slots
-from cocoa_dist.data.order import PlanSource, StepPlan
+from cocoa_dist.config import GradCacheConfig, GuardsConfig
+from cocoa_dist.data.fullest import Fullest
 from cocoa_dist.runtime import EXIT_HUNG, random_state
 from cocoa_dist.train import preflight
-from cocoa_dist.train.engine import Term
+from cocoa_dist.train.engine import Term, TrainEngine
 from cocoa_dist.train.guards import SpikeDetector, check_skips, name_records, recent_losses
 from cocoa_dist.train.watchdog import Watchdog, Whereabouts
 
@@ -109,7 +109,10 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused_in_numbers(
 ) -> None:
     with_free_bytes(monkeypatch, 3 * GIB)
     preflight.check_disk(tmp_path, needed=3 * GIB, keep_last=2)
-    message = r"has 3\.00 GiB free, 2 checkpoints need 3\.50 GiB: .*keep_last \(now 2\)"
+    message = (
+        r"has 3\.00 GiB free, 2 checkpoints, one with all weights, need 3\.50 GiB: "
+        r".*keep_last \(now 2\)"
+    )
     with pytest.raises(ValueError, match=message):
         preflight.check_disk(tmp_path, needed=3 * GIB + GIB // 2, keep_last=2)
 
@@ -139,8 +142,8 @@ def test_a_wrong_sum_over_the_ranks_is_refused(monkeypatch) -> None:
 PACK = SimpleNamespace(num_tokens=8192, pixel_values=torch.zeros(40, 2))
 
 
-def engine_that(accumulate) -> SimpleNamespace:
-    engine = SimpleNamespace(discarded=0)
+def engine_that(accumulate, **attributes) -> SimpleNamespace:
+    engine = SimpleNamespace(discarded=0, **attributes)
     engine.accumulate = accumulate
 
     def discard() -> None:
@@ -153,10 +156,10 @@ def engine_that(accumulate) -> SimpleNamespace:
 def test_the_largest_pack_leaves_generators_and_gradients_as_they_were() -> None:
     def accumulate(packs):
         torch.rand(3), np.random.rand(3)  # as dropout would
-        return {"text": Term(2.0, 1.0)}
+        return {"text": Term(2.0 * len(packs), 1.0)}
 
     engine, before = engine_that(accumulate), random_state()
-    preflight.check_largest_pack(engine, PACK)
+    assert preflight.loss_of_pack(engine, PACK, held=3) == 6.0
     after = random_state()
     assert torch.equal(before["torch"], after["torch"])
     assert torch.equal(before["numpy"][1], after["numpy"][1])
@@ -175,9 +178,12 @@ def test_a_pack_that_does_not_fit_into_memory_says_what_to_lower(message) -> Non
     def accumulate(packs):
         raise RuntimeError(message)
 
-    expected = r"largest pack of the stage \(8192 tokens, 40 patches\) .*data\.tokens_per_pack"
+    expected = (
+        r"largest pack of the stage \(8192 tokens, 40 patches, 2 at once\) does not fit into "
+        r"memory .*data\.tokens_per_pack"
+    )
     with pytest.raises(ValueError, match=expected):
-        preflight.check_largest_pack(engine_that(accumulate), PACK)
+        preflight.loss_of_pack(engine_that(accumulate), PACK, held=2)
 
 
 def test_another_error_of_the_largest_pack_passes_unchanged() -> None:
@@ -185,39 +191,49 @@ def test_another_error_of_the_largest_pack_passes_unchanged() -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        preflight.check_largest_pack(engine_that(accumulate), PACK)
+        preflight.loss_of_pack(engine_that(accumulate), PACK, held=1)
 
 
-def test_a_largest_pack_with_a_loss_that_is_not_finite_is_refused() -> None:
-    engine = engine_that(lambda packs: {"text": Term(float("nan"), 1.0)})
-    with pytest.raises(ValueError, match=r"loss of the largest pack of the stage .* is nan"):
-        preflight.check_largest_pack(engine, PACK)
-    assert engine.discarded == 1
+def packs_with(*losses: float):
+    """Make an engine whose n-th pack has the n-th loss, and what makes its packs."""
+    left = list(losses)
+    engine = engine_that(lambda packs: {"text": Term(left.pop(0), 1.0)})
+
+    def fullest(without):
+        number = len(without)
+        if number == len(losses):
+            return None
+        return Fullest(PACK, "emoji", (*without, number), (*(f"k{i}" for i in without), "k"))
+
+    return engine, fullest
 
 
-def plan_of(tokens: list[int], *, batch_size: int) -> StepPlan:
-    sizes = np.array(tokens, dtype=np.int64)
-    source = PlanSource(name="s", weight=1.0, tokens=sizes, patches=sizes // 2)
-    return StepPlan(
-        sources=(source,),
-        batch_size=batch_size,
-        seed=0,
-        stage="stage",
-        tokens_per_pack=100,
-        patches_per_pack=1000,
-    )
+@pytest.mark.parametrize("losses", [(math.nan, math.inf), (math.nan,)], ids=["two", "no_second"])
+def test_a_largest_pack_with_a_loss_that_is_not_finite_is_refused(losses) -> None:
+    engine, fullest = packs_with(*losses)
+    with pytest.raises(ValueError, match=r"loss of the largest pack .* is nan: are the weights"):
+        preflight.check_fullest_pack(engine, fullest, held=1)
+    assert engine.discarded == len(losses)
 
 
-def test_the_fullest_pack_is_made_of_the_largest_records_that_fit() -> None:
-    name, slots = fullest_slots(plan_of([10, 60, 30, 5, 40, 20], batch_size=6), world_size=1)
-    assert name == "s"
-    assert sorted(slot.record for slot in slots) == [1, 4]
-    assert [slot.position for slot in slots] == [0, 1]
+def test_a_record_whose_loss_is_not_finite_is_named_and_does_not_stop_the_run(caplog) -> None:
+    engine, fullest = packs_with(math.nan, 2.0)
+    assert preflight.check_fullest_pack(engine, fullest, held=1) is PACK
+    assert "the loss of the largest pack is nan" in caplog.text
+    assert "It is among k of emoji" in caplog.text
+    assert engine.discarded == 2
 
 
-def test_the_fullest_pack_has_no_more_records_than_a_rank_gets() -> None:
-    _, slots = fullest_slots(plan_of([10] * 50, batch_size=12), world_size=4)
-    assert len(slots) == 3
+@pytest.mark.parametrize(
+    ("step_wide", "mode", "held"),
+    [(False, "auto", 1), (True, "auto", 2), (True, "always", 2), (True, "never", 7)],
+)
+def test_as_many_packs_are_tried_as_a_step_keeps_at_once(step_wide, mode, held) -> None:
+    engine = object.__new__(TrainEngine)
+    engine.objective = SimpleNamespace(step_wide=step_wide)
+    engine.grad_cache = GradCacheConfig(mode=mode, packs=2)
+    assert preflight.packs_held(engine, 7) == held
+    assert preflight.packs_held(engine, 1) == 1
 
 
 SLEEPER = """

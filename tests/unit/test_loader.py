@@ -4,6 +4,7 @@ Data sets are tiny and made here.
 """
 
 import io
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,10 @@ import torch
 from PIL import Image
 
 from cocoa_dist.batch import StepBatch
-from cocoa_dist.config import ASSET_DIR, RunConfig, parse_config
+from cocoa_dist.config import ASSET_DIR, RunConfig, differences, parse_config
 from cocoa_dist.data.loader import StageLoader
+from cocoa_dist.data.packing import length_bound
+from cocoa_dist.data.record_source import RecordSource, read_left_out
 from cocoa_dist.data.records import Record, image_part, text_part
 from cocoa_dist.data.samples import ImageGeometry, Vocabulary
 from cocoa_dist.data.shards import write_shards
@@ -268,8 +271,8 @@ def test_a_corrupt_picture_is_masked_and_named_and_shifts_nothing(
         lost = clean.num_samples - masked.num_samples
         assert lost == len(masked.bad_records) * (2 if view == "pair" else 1)
         for line in masked.bad_records:
-            assert line.startswith(f"a {BAD_RECORD} a{BAD_RECORD}: ")
-            assert "not a readable picture" in line
+            assert str(line).startswith(f"a {BAD_RECORD} a{BAD_RECORD}: ")
+            assert line.kind == "not a picture"
         named += len(masked.bad_records)
         weights = torch.cat([pack.pair_weights for pack in masked.packs])
         assert int((weights == 0).sum()) == (lost if view == "pair" else 0)
@@ -289,7 +292,7 @@ def test_a_record_that_cannot_be_read_is_masked_and_named(
     (batches,) = zip(*read(run, vocabulary, tmp_path, steps=3), strict=True)
     bad = [line for batch in batches for line in batch.bad_records]
     assert bad
-    assert all(line.startswith("a 7 a7: ") and "crc32" in line for line in bad)
+    assert all(str(line).startswith("a 7 a7: ") and "crc32" in str(line) for line in bad)
 
 
 def test_a_pair_stays_in_one_pack_with_its_position(
@@ -329,7 +332,8 @@ def test_state_and_fingerprint_are_the_plans(
 ) -> None:
     with open_loader(config({"a": dataset}), vocabulary, tmp_path) as loader:
         state = loader.state(7)
-        assert state["next_step"] == loader.plan.check_state(state) == 7
+        assert state["next_step"] == 7
+        assert loader.plan.resumed(state).plan_hash == loader.fingerprint
         assert state["plan_hash"] == loader.fingerprint
     with open_loader(config({"a": dataset}, batch_size=6), vocabulary, tmp_path) as loader:
         assert loader.fingerprint != state["plan_hash"]
@@ -412,3 +416,70 @@ def test_a_tokenizer_that_did_not_count_the_texts_loosens_the_bounds(
     other = replace(vocabulary, sha256="another")
     with open_loader(config({"a": dataset}), other, tmp_path) as loader:
         assert set(loader.plan.sources[0].tokens.tolist()) == {6 + 48 + 2}
+
+
+@pytest.mark.parametrize("view", ["caption", "bridged", "pair"])
+def test_lengths_of_a_large_data_set_come_from_its_index(
+    view: str,
+    dataset: Path,
+    vocabulary: Vocabulary,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("cocoa_dist.data.loader.EXACT_BOUND_RECORDS", 0)
+    monkeypatch.setattr(RecordSource, "record", lambda self, number: pytest.fail("was read"))
+    run = config({"a": dataset}, view=view, data={"tokens_per_pack": 400})
+    with open_loader(run, vocabulary, tmp_path) as loader:
+        source, encoder = loader.plan.sources[0], loader._dataset._encoder
+        reader = loader._dataset._sources["a"].reader
+        expected = [
+            length_bound(
+                view,
+                num_text_tokens=int(reader.num_text_tokens[number])
+                if encoder._counted(loader._dataset._sources["a"])
+                else -1,
+                image_sizes=reader.image_sizes(number),
+                record=None,
+                vocabulary=vocabulary,
+                settings=encoder.settings,
+            )
+            for number in range(len(reader))
+        ]
+        found = zip(source.tokens.tolist(), source.patches.tolist(), strict=True)
+        assert list(found) == expected
+        assert source.largest is not None
+        assert max(expected)[0] == source.tokens[source.largest[0]]
+
+
+def test_records_that_are_left_out_keep_their_place(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    run = config({"a": dataset}, view="pair", data={"tokens_per_pack": 400})
+    ((whole,),) = read(run, vocabulary, tmp_path, steps=1)
+    gone = whole.record_ids[2]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"dataset": "a", "number": gone, "reason": "any"}) + "\n")
+    data = {"tokens_per_pack": 400, "left_out": str(listed), "on_change": "continue"}
+    changed = config({"a": dataset}, view="pair", data=data)
+    ((without,),) = read(changed, vocabulary, tmp_path, steps=1)
+    assert without.record_ids == whole.record_ids
+    assert without.bad_records == ()
+    weights = np.concatenate([pack.pair_weights.numpy() for pack in without.packs])
+    assert (weights == 0).sum() == 2  # both sides of one pair
+    assert differences(run, changed, free=False) == []
+    stays = changed.model_copy(
+        update={"data": changed.data.model_copy(update={"on_change": "refuse"})}
+    )
+    assert any(line.startswith("data.left_out") for line in differences(run, stays, free=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}\n", "line 1: expected JSON with dataset and number"), (None, "cannot be read")],
+)
+def test_a_list_that_is_none_is_named(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_left_out(str(path))

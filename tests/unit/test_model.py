@@ -252,6 +252,22 @@ def test_model_folder_that_lacks_parts_says_which(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "qwen2', r"config\.json cannot be read: Unterminated string.*fetch"),
+        ("[1]", r"config\.json cannot be read"),
+        ("{}", r"config\.json has no model_type"),
+    ],
+)
+def test_model_config_that_is_cut_off_is_named(content, message, tmp_path):
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(ModelConfig(path=str(tmp_path)), token_ids={}, vocabulary_size=1)
+
+
 def test_mean_pooling_averages_all_rows_of_a_sample():
     from cocoa_dist.model.heads import pool
 

@@ -6,19 +6,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cocoa_dist.data.order import (
     BLOCK_STEPS,
     PlanSource,
     StepAssignment,
     StepPlan,
-    greedy_knapsack,
     largest_remainder,
-    permute,
-    snake,
 )
+from cocoa_dist.data.shuffle import Shuffle
 
 
 def source(name: str = "a", count: int = 50, weight: float = 1.0, seed: int = 0) -> PlanSource:
@@ -47,28 +43,6 @@ def content(assignment: StepAssignment) -> list[tuple[int, int, int]]:
     """Records of a step as the ranks got them, in plan order."""
     slots = [slot for packs in assignment.ranks for pack in packs for slot in pack]
     return sorted((slot.position, slot.record, slot.passes) for slot in slots)
-
-
-@given(size=st.integers(1, 300), key=st.text(max_size=5))
-@settings(max_examples=60, deadline=None)
-def test_a_permutation_hits_every_record_once(size: int, key: str) -> None:
-    assert sorted(permute(np.arange(size), size=size, key=key).tolist()) == list(range(size))
-
-
-def test_permutations_of_large_sets_stay_inside_and_do_not_collide() -> None:
-    size = 10**9 + 7
-    found = permute(np.arange(5000), size=size, key="k")
-    assert len(set(found.tolist())) == 5000
-    assert 0 <= found.min() < found.max() < size
-
-
-def test_permutations_look_random() -> None:
-    """Neighbours end up a third of the set apart on average, as for random pairs; 5 sigma."""
-    size = 4000
-    found = permute(np.arange(size), size=size, key="k")
-    assert np.abs(np.diff(found)).mean() == pytest.approx(size / 3, rel=0.06)
-    other = permute(np.arange(size), size=size, key="l")
-    assert (found == other).sum() < 10
 
 
 @pytest.mark.parametrize("batch_size", [12, 50, 120], ids=["part", "whole", "more than a pass"])
@@ -176,7 +150,8 @@ def test_a_record_larger_than_a_pack_is_refused_by_number() -> None:
 def test_state_names_the_plan_and_fits_into_a_manifest() -> None:
     steps = plan()
     state = json.loads(json.dumps(steps.state(18)))
-    assert steps.check_state(state) == 18
+    assert state["next_step"] == 18
+    assert steps.resumed(state).plan_hash == steps.plan_hash
     assert len(json.dumps(state)) < 1024
 
 
@@ -187,11 +162,11 @@ def test_state_names_the_plan_and_fits_into_a_manifest() -> None:
 )
 def test_a_state_of_another_plan_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="have changed"):
-        plan(**changes).check_state(plan().state(2))
+        plan(**changes).resumed(plan().state(2))
 
 
 def test_budgets_may_change_at_a_resume() -> None:
-    assert plan(tokens_per_pack=500).check_state(plan().state(2)) == 2
+    assert plan(tokens_per_pack=500).resumed(plan().state(2)).start_step == 1
 
 
 def test_largest_remainder_adds_up() -> None:
@@ -199,36 +174,121 @@ def test_largest_remainder_adds_up() -> None:
     assert largest_remainder([3, 1], total=8).tolist() == [6, 2]
 
 
-def test_snake_balances() -> None:
-    load = np.random.default_rng(0).random(240)
-    lanes = snake(load, 4)
-    assert sorted(np.concatenate(lanes).tolist()) == list(range(240))
-    sums = [load[lane].sum() for lane in lanes]
-    assert max(sums) / min(sums) < 1.02
+SMALL = Shuffle(block_records=4, window_blocks=6, lanes=3)
 
 
-@given(
-    lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 30)), max_size=60),
-    budgets=st.tuples(st.integers(50, 120), st.integers(30, 90)),
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 4])
+def test_the_number_of_nodes_moves_no_record(num_nodes: int) -> None:
+    steps = plan(source(count=200), shuffle=SMALL)
+    for step in (1, 5, 33):
+        one, many = steps.step(step, 1), steps.step(step, 12, num_nodes=num_nodes)
+        assert content(many) == content(one)
+        assert {sum(map(len, packs)) for packs in many.ranks} == {1}
+
+
+def test_a_block_is_read_by_one_node_but_for_a_few_swaps() -> None:
+    """Sizes are equal, so that nothing has to be swapped; three nodes share three lanes."""
+    even = PlanSource(name="a", weight=1.0, tokens=np.full(20_000, 10), patches=np.full(20_000, 4))
+    shuffle = Shuffle(block_records=16, window_blocks=60, lanes=6)
+    steps = plan(even, batch_size=96, shuffle=shuffle)
+    readers: dict[int, set[int]] = {}
+    for step in range(1, 60):
+        for rank, packs in enumerate(steps.step(step, 6, num_nodes=3).ranks):
+            for slot in itertools.chain(*packs):
+                readers.setdefault(slot.record // 16, set()).add(rank // 2)
+    assert len(readers) > 300
+    assert {len(nodes) for nodes in readers.values()} == {1}
+
+
+def test_ranks_have_equal_work_in_tokens_and_patches() -> None:
+    random = np.random.default_rng(0)
+    many = PlanSource(
+        name="a",
+        weight=1.0,
+        tokens=np.clip(random.lognormal(5.2, 0.6, 50_000), 20, 4000).astype(np.int64),
+        patches=np.clip(random.normal(800, 300, 50_000), 100, 4000).astype(np.int64),
+    )
+    steps = plan(many, batch_size=4096, tokens_per_pack=8192, patches_per_pack=32768)
+    for num_nodes in (1, 4):
+        ranks = steps.step(3, 64, num_nodes=num_nodes).ranks
+        for bounds in (many.tokens, many.patches):
+            sums = [sum(int(bounds[s.record]) for p in packs for s in p) for packs in ranks]
+            assert max(sums) / np.mean(sums) <= 1.02
+
+
+def taken(steps: StepPlan, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
+    """What each source gave in some steps: (pass, record)."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+    for step in range(first, last + 1):
+        one = steps.step(step, 1)
+        records = zip(one.passes, one.record_ids, strict=True)
+        seen.setdefault(one.dataset, []).extend(records)
+    return seen
+
+
+CHANGES = {
+    "weights": {"sources": (source("a", 50, 1.0), source("b", 200, 3.0))},
+    "batch size": {"sources": (source("a", 50, 3.0), source("b", 200, 1.0)), "batch_size": 20},
+    "one more": {"sources": (source("a", 50), source("b", 200), source("c", 30))},
+    "one less": {"sources": (source("b", 200),)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_blend_goes_on_where_each_source_stands(change: dict[str, object]) -> None:
+    before = plan(source("a", 50, 3.0), source("b", 200, 1.0))
+    state = json.loads(json.dumps(before.state(8)))
+    after = plan(**change).resumed(state, may_change=True)
+    assert after.start_step == 8
+    old, new = taken(before, 1, 7), taken(after, 8, 60)
+    for name in new:
+        both = old.get(name, []) + new[name]
+        assert len(both) == len(set(both))  # nothing twice in a pass
+        count = {"a": 50, "b": 200, "c": 30}[name]
+        whole = [record for one_pass, record in both if one_pass == 0]
+        if len(both) >= count:
+            assert sorted(whole) == list(range(count))  # and nothing lost
+
+
+def test_a_new_segment_is_resumed_as_it_is_and_changed_again() -> None:
+    first = plan(source("a", 50, 3.0), source("b", 200, 1.0))
+    second = plan(source("b", 200)).resumed(first.state(8), may_change=True)
+    assert second.step(11, 1) == second.resumed(second.state(11)).step(11, 1)
+    again = plan(source("b", 200)).resumed(second.state(11))
+    assert (again.start_step, again.plan_hash) == (8, second.plan_hash)
+    third = plan(source("a", 50), source("b", 200)).resumed(second.state(11), may_change=True)
+    assert third.cursors_at(11) == {
+        "a": first.cursors_at(8)["a"],  # it had left the blend and kept its place
+        "b": second.cursors_at(11)["b"],
+    }
+    assert len(json.dumps(third.state(20))) < 1024
+
+
+def test_other_data_under_an_old_name_has_no_place_to_go_on_from() -> None:
+    old = PlanSource("a", 1.0, np.full(50, 10), np.full(50, 0), fingerprint="1" * 64)
+    new = PlanSource("a", 1.0, np.full(70, 10), np.full(70, 0), fingerprint="2" * 64)
+    with pytest.raises(ValueError, match=r"source 'a' was other data .* a name of its own"):
+        plan(new).resumed(plan(old).state(5), may_change=True)
+
+
+def test_what_is_left_out_keeps_its_place() -> None:
+    whole, without = source(), source()
+    without = PlanSource("a", 1.0, without.tokens, without.patches, left_out="digest")
+    after = plan(without).resumed(plan(whole).state(3), may_change=True)
+    assert after.plan_hash != plan(whole).plan_hash
+    assert after.step(3, 1).record_ids == plan(whole).step(3, 1).record_ids
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({"next_step": 0}, "next_step 0"), ({"next_step": 3}, "no cursors: another version")],
 )
-@settings(max_examples=80, deadline=None)
-def test_knapsack_keeps_budgets_and_loses_nothing(
-    lengths: list[tuple[int, int]], budgets: tuple[int, int]
-) -> None:
-    sizes = np.array(lengths, dtype=np.int64).reshape(-1, 2)
-    bins = greedy_knapsack(sizes, budgets)
-    assert sorted(index for inside in bins for index in inside.tolist()) == list(range(len(sizes)))
-    for inside in bins:
-        assert (sizes[inside].sum(axis=0) <= np.array(budgets)).all()
+def test_a_state_that_is_none_is_refused(state: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan().resumed(state)
 
 
-def test_knapsack_fills_well() -> None:
-    """A window of 256 lengths like these filled 97 % and more in a benchmark of packing rules."""
-    sizes = np.random.default_rng(0).integers(50, 2000, (256, 1))
-    bins = greedy_knapsack(sizes, [8192])
-    assert sizes.sum() / (8192 * len(bins)) > 0.95
-
-
-def test_knapsack_names_an_item_that_is_too_large() -> None:
-    with pytest.raises(ValueError, match="item 1 has size"):
-        greedy_knapsack(np.array([[1, 1], [9, 1]]), [8, 8])
+def test_a_step_before_the_segment_is_refused() -> None:
+    after = plan(source(count=60)).resumed(plan().state(5), may_change=True)
+    with pytest.raises(ValueError, match="step 4, expected one from 5 on"):
+        after.step(4, 1)

@@ -334,11 +334,28 @@ def test_a_missing_mask_token_is_added_and_another_missing_token_is_named(tmp_pa
     known = Vocabulary.load(TOKENIZER, tiny_model())
     added = Vocabulary.load(TOKENIZER, tiny_model(mask_token="<|hidden|>"))
     assert (added.mask, added.size) == (known.size, known.size + 1)
+    assert (len(known.new), added.new) == (0, range(known.size, known.size + 1))
     content = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"has no token <\|stop\|>"):
         Vocabulary.load(tmp_path, tiny_model(bridge_token="<|stop|>"))
 
 
-def tiny_model(**changes: str) -> ModelConfig:
+def test_a_tokenizer_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    content = (TOKENIZER / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read: .*fetch the model"):
+        Vocabulary.load(tmp_path, tiny_model())
+
+
+def test_new_tokens_go_behind_the_last_id_and_one_that_is_there_stays() -> None:
+    known = Vocabulary.load(TOKENIZER, tiny_model())
+    tokens = ("<|a|>", "<|mask|>", "<|b|>")
+    added = Vocabulary.load(TOKENIZER, tiny_model(new_tokens=tokens, bridge_token="<|b|>"))
+    assert added.new == range(known.size, known.size + 2)
+    assert (added.mask, added.eos, added.size) == (known.mask, known.size + 1, known.size + 2)
+    assert not {*added.encode("<|a|> and <|b|>")} & {*added.new}  # in a text it is text
+
+
+def tiny_model(**changes: object) -> ModelConfig:
     return ModelConfig(random=RandomModelConfig(), tokenizer="x", **changes)  # type: ignore[arg-type]

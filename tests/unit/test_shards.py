@@ -21,6 +21,7 @@ from cocoa_dist.data import shards
 from cocoa_dist.data.records import Record, image_part, record_crc32, text_part
 from cocoa_dist.data.shard_format import SCHEMA
 from cocoa_dist.data.shards import Location, ShardReader, remove_dataset, verify, write_shards
+from cocoa_dist.data.writing import dataset
 
 NUM_RECORDS = 23
 BATCH = 4
@@ -273,7 +274,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(shards, "_write_energon_metadata", fail)
+    monkeypatch.setattr(dataset, "_write_energon_metadata", fail)
     with pytest.raises(OSError, match="no space left"):
         write(tmp_path / "set")
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -398,12 +399,16 @@ def test_verify_reads_every_byte(copy: Path) -> None:
 
 
 def test_files_are_opened_when_they_are_needed(written: Path) -> None:
+    def opened() -> list[str]:
+        links = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+        return [link for link in links if link.startswith(f"{written}/")]
+
     reader = ShardReader(written)
-    assert not reader._state.descriptors
+    assert not opened()
     reader.record(0)
-    assert list(reader._state.descriptors) == [0]
+    assert opened() == [f"{written}/shard-00000.arrow"]
     reader.close()
-    assert not reader._state.descriptors
+    assert not opened()
     assert reader.record(22) == make_record(22)
     reader.close()
 

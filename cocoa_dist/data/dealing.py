@@ -1,0 +1,131 @@
+"""Deals the records of a step to ranks, in equal numbers and equal work, and a rank's to packs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+NO_NODE = -1
+_BALANCED = 1.01  # the most that a rank may have of the mean of a unit, if swaps can do it
+_SWAPS = 256
+_CANDIDATES = 128  # records of a rank that are looked at for a swap
+
+
+def deal(
+    sizes: NDArray[np.integer[Any]], *, num_ranks: int, num_nodes: int = 1, node: Ints | None = None
+) -> list[Ints]:
+    """Deal items to ranks: equally many to each, and as nearly as can be equally much.
+
+    `sizes` is (items, units), such as tokens and patches; every unit is balanced. `node`: where
+    each item is at hand (NO_NODE: anywhere); nearly all stay there, some are swapped for balance.
+    The ranks of a node are neighbours. Returns each rank's items in ascending order. Raises
+    ValueError if the items do not divide.
+    """
+    count = len(sizes)
+    if count % num_ranks or num_ranks % num_nodes:
+        raise ValueError(f"{count} items, {num_ranks} ranks, {num_nodes} nodes do not divide")
+    shares = _shares(sizes)
+    at_home = _equal_parts(node, count=count, num_nodes=num_nodes)
+    members = np.concatenate(
+        [_snake(items, shares[items].sum(axis=1), num_ranks // num_nodes) for items in at_home]
+    )
+    _swap_until_balanced(members, shares)
+    return [np.sort(items) for items in members]
+
+
+def greedy_knapsack(lengths: NDArray[np.integer[Any]], budgets: Sequence[int]) -> list[Ints]:
+    """Put items into few bins that keep every budget, largest first; deterministic.
+
+    `lengths` is (items, units), such as tokens and patches; an item is as large as the largest
+    share of a budget that it takes. Fills one bin after the other with the largest item that still
+    fits: research in packing says that no cleverer rule is worth its time.
+    Raises ValueError for an item that fits into no bin.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    limits = np.asarray(budgets, dtype=np.int64)
+    too_large = np.flatnonzero((sizes > limits).any(axis=1))
+    if len(too_large):
+        first = int(too_large[0])
+        raise ValueError(f"item {first} has size {sizes[first].tolist()}, budgets are {budgets}")
+    order = np.argsort(-(sizes / limits).max(axis=1), kind="stable")
+    if (sizes.sum(axis=0) <= limits).all():
+        return [order] if len(order) else []
+    waiting = [(index, tuple(sizes[index].tolist())) for index in order.tolist()]
+    bins: list[Ints] = []
+    while waiting:
+        room = limits.tolist()
+        inside: list[int] = []
+        left = []
+        for index, size in waiting:
+            if all(s <= r for s, r in zip(size, room, strict=True)):
+                inside.append(index)
+                room = [r - s for s, r in zip(size, room, strict=True)]
+            else:
+                left.append((index, size))
+        bins.append(np.array(inside, dtype=np.int64))
+        waiting = left
+    return bins
+
+
+def _shares(sizes: NDArray[np.integer[Any]]) -> Floats:
+    """Return sizes as shares of the mean of each unit; a unit that nothing has is left out."""
+    means = sizes.mean(axis=0)
+    used = means > 0
+    return np.asarray(sizes[:, used] / means[used], dtype=np.float64)
+
+
+def _equal_parts(node: Ints | None, *, count: int, num_nodes: int) -> list[Ints]:
+    """Part items by node, equally many to each; what a node has too many of goes where room is."""
+    if node is None or num_nodes == 1:
+        node = np.full(count, NO_NODE if num_nodes > 1 else 0)
+    quota = count // num_nodes
+    own = [np.flatnonzero(node == number)[:quota] for number in range(num_nodes)]
+    homeless = np.setdiff1d(np.arange(count), np.concatenate(own))
+    parts, begin = [], 0
+    for items in own:
+        end = begin + quota - len(items)
+        parts.append(np.concatenate([items, homeless[begin:end]]))
+        begin = end
+    return parts
+
+
+def _snake(items: Ints, load: Floats, num_ranks: int) -> Ints:
+    """Deal items to ranks, heaviest first and back and forth; returns (ranks, items of each)."""
+    heaviest_first = items[np.argsort(-load, kind="stable")]
+    rounds = heaviest_first.reshape(-1, num_ranks).copy()
+    rounds[1::2] = rounds[1::2, ::-1]
+    return np.ascontiguousarray(rounds.T)
+
+
+def _swap_until_balanced(members: Ints, shares: Floats) -> None:
+    """Swap items between the rank that has most of a unit and the one that has least of it."""
+    sums = shares[members].sum(axis=1)
+    mean = sums.mean(axis=0)
+    if not len(mean):
+        return
+    for _ in range(_SWAPS):
+        relative = sums / mean
+        most, unit = np.unravel_index(int(relative.argmax()), relative.shape)
+        least = int(relative[:, unit].argmin())
+        if relative[most, unit] <= _BALANCED:
+            return
+        from_most, from_least = (_candidates(members[rank]) for rank in (most, least))
+        moved = shares[members[most, from_most]][:, None] - shares[members[least, from_least]][None]
+        after = np.maximum(sums[most] - moved, sums[least] + moved) / mean
+        worst = after.max(axis=2)
+        i, j = np.unravel_index(int(worst.argmin()), worst.shape)
+        if worst[i, j] >= relative[[most, least]].max():
+            return
+        a, b = (most, from_most[i]), (least, from_least[j])
+        members[a], members[b] = members[b], members[a]
+        sums[most] -= moved[i, j]
+        sums[least] += moved[i, j]
+
+
+def _candidates(items: Ints) -> Ints:
+    """Return the places of a rank's items to look at: all, or some of every size."""
+    return np.arange(0, len(items), -(-len(items) // _CANDIDATES))
