@@ -18,7 +18,6 @@ from cocoa_dist.config import (
     RunConfig,
     differences,
     dump_yaml,
-    fingerprint,
     load_resolved,
 )
 from cocoa_dist.events import EVENTS_NAME, SUBMITTED
@@ -164,7 +163,7 @@ def timestamp(seconds: float) -> str:
 
 def _adoptable(stored: RunConfig, config: RunConfig, *, run_dir: Path) -> list[str]:
     changed = differences(stored, config, free=False)
-    if fingerprint(stored) != fingerprint(config):
+    if changed:
         listed = "\n".join(f"  {line}" for line in changed)
         raise RunFolderError(
             f"{run_dir} holds a run with other settings:\n{listed}\n"

@@ -101,6 +101,19 @@ choose_code() {
     export PYTHONPATH=$code PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 COCOA_BATCH_SCRIPT=$0
 }
 
+# With plain sbatch SLURM keeps this script alone; other code is copied when the job starts for the
+# first time. What was edited while it waited in the queue is named.
+name_edits() {
+    local submitted edited
+    [[ -z ${COCOA_CODE:-} && ! -s $run_dir/submit/$job.code ]] || return 0
+    submitted=$(job_field SubmitTime)
+    [[ -n $submitted ]] || return 0
+    edited=$(cd -- "$COCOA_ROOT" && find slurm launcher cocoa_dist ds_configs \
+        -name __pycache__ -prune -o -type f -newermt "$submitted 1 second" -print 2>/dev/null | head -n 3)
+    [[ -z $edited ]] || say "changed since this job was submitted: ${edited//$'\n'/, } (this" \
+        "script runs as it was, the rest as it is now)"
+}
+
 # Start the launcher and wait for it; a trapped signal ends `wait` as well.
 run_launcher() {
     "$python" -m launcher run "$recipe" ${overrides[@]+"${overrides[@]}"} --run-dir "$run_dir" \
@@ -155,6 +168,7 @@ find_checkout
 read_arguments "$@"
 choose_code
 say "on ${SLURM_JOB_NODELIST:-?}, code $code"
+name_edits
 for attempt in 1 2 3; do
     ((warned == 0)) || requeue
     run_launcher

@@ -26,7 +26,7 @@ from launcher.slurm.allocation import Allocation
 from launcher.slurm.cluster_file import ClusterFile
 from launcher.slurm.health import check_health
 from launcher.slurm.nodes import excluded_nodes, looks_like_hardware, record_fault, request_others
-from launcher.slurm.scheduler import show_job
+from launcher.slurm.scheduler import Job, show_job
 from launcher.slurm.site_inputs import gone_inputs, names_an_input, wait_for_inputs
 from launcher.slurm.step_report import StepReport, read_report
 
@@ -109,6 +109,9 @@ class SlurmBackend:
             sick = check_health(
                 self.allocation, self.cluster, run_dir=run_dir, options=self._srun_options()
             )
+            if sick and (interrupts.count or self._is_leaving()):
+                # SLURM's signals end the check's tasks as well: that says nothing about nodes.
+                return Ending(Verdict.PREEMPTED, "told to leave during the health check")
             for node, reason in sick.items():
                 self.say(f"node {node} is unfit: {reason}")
                 record_fault(run_dir, node=node, job=self.allocation.name, reason=reason, weight=99)
@@ -203,7 +206,8 @@ class SlurmBackend:
         options = ["--mpi=none", "--export=ALL", *self.cluster.srun_options]
         if container is not None and container.kind == "pyxis":
             options += [f"--container-image={container.image}", "--no-container-mount-home"]
-            options += [f"--container-mounts={','.join(container.mounts)}"]
+            mounts = ",".join(container.mounts)
+            options += [f"--container-mounts={mounts}"] if mounts else []
         return options
 
     def _environment(self, order: Order) -> dict[str, str]:
@@ -252,7 +256,12 @@ class SlurmBackend:
     def _is_preempted(self) -> bool:
         """Whether SLURM is ending or preempting the job; also where it cannot be asked."""
         job = show_job(self.allocation.job)
-        return job is None or job.preempted or job.state != "RUNNING"
+        return job is None or _is_leaving(job)
+
+    def _is_leaving(self) -> bool:
+        """Whether SLURM says that it is ending or preempting the job."""
+        job = show_job(self.allocation.job)
+        return job is not None and _is_leaving(job)
 
 
 class _PreemptionWatch:
@@ -278,6 +287,10 @@ class _PreemptionWatch:
         self._asked += 1
         job = show_job(self._job, seconds=_ASK_SECONDS)
         return job is not None and job.preempted
+
+
+def _is_leaving(job: Job) -> bool:
+    return job.preempted or job.state != "RUNNING"
 
 
 def _told_when_parent_dies() -> Callable[[], None] | None:

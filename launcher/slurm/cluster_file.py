@@ -22,7 +22,7 @@ class Container(_Strict):
 
     kind: Literal["pyxis", "apptainer"]
     image: str  # path of a .sqsh or .sif file, or what the container tool takes as a name
-    mounts: tuple[str, ...] = ()  # OUTSIDE:INSIDE; the run folder is always there
+    mounts: tuple[str, ...] = ()  # OUTSIDE:INSIDE; run, data and code under their own names
     python: str = "python3"  # inside
 
 
@@ -97,6 +97,26 @@ def load_cluster_file(path: Path | None) -> ClusterFile:
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(dict(item))}" for item in error.errors())
         raise BadInputError(f"cluster file {path}:\n{faults}") from None
+
+
+def check_mounts(cluster: ClusterFile, *, run_dir: Path) -> None:
+    """Raise BadInputError if ranks in a container would not see the run folder under its name.
+
+    They would not find the recipe there, and would run the image's code for the run's copy.
+    """
+    if cluster.container is None:
+        return
+    for mount in cluster.container.mounts:
+        outside, _, inside = mount.partition(":")
+        place, _, flags = inside.partition(":")
+        same = Path(place or outside) == Path(outside)
+        if same and "ro" not in flags.split(",") and run_dir.is_relative_to(outside):
+            return
+    mounts = ", ".join(cluster.container.mounts) or "none"
+    raise BadInputError(
+        f"the run folder {run_dir} would not be there in the container (container.mounts: {mounts})"
+        f"; add {run_dir.parent}:{run_dir.parent} to container.mounts"
+    )
 
 
 def _explain(fault: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from launcher.progress import say
 from launcher.run import RunRequest, run
 from launcher.slurm.allocation import read_allocation
 from launcher.slurm.backend import SlurmBackend
-from launcher.slurm.cluster_file import load_cluster_file
+from launcher.slurm.cluster_file import check_mounts, load_cluster_file
 from launcher.slurm.codecopy import copy_code, moved_on, remember_code
 from launcher.slurm.jobs import SUBMIT_DIR
 from launcher.slurm.submission import record_submission
@@ -24,6 +24,7 @@ def run_in_job(request: RunRequest, *, console: Console, cluster_path: Path | No
     Raises what `run` raises, and BadInputError for the cluster file or outside of a job.
     """
     cluster = load_cluster_file(cluster_path)
+    check_mounts(cluster, run_dir=request.run_dir.expanduser().absolute())
     allocation = read_allocation(tasks_per_node=cluster.tasks_per_node)
 
     @contextlib.contextmanager

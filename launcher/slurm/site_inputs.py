@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cocoa_dist.config import RunConfig, resolve_path
+from cocoa_dist.config import RunConfig, is_remote, resolve_path
 from launcher.backend import Ending
 from launcher.history import Verdict, read_incarnations
 from launcher.signals import Interrupts
@@ -14,11 +14,14 @@ _SAY_SECONDS = 60.0
 
 
 def input_paths(config: RunConfig) -> list[Path]:
-    """Return what a recipe names on disk: data sets of stages and evaluation, model, tokenizer."""
+    """Return what a recipe names on disk: data sets of stages and evaluation, model, tokenizer.
+
+    Those in an object store are left to the loaders.
+    """
     sources = [source for stage in config.stages.values() for source in stage.data.sources.values()]
     names = {source.path for source in [*sources, *config.evaluation.sets.values()]}
     names |= {name for name in (config.model.path, config.model.tokenizer) if name is not None}
-    return [resolve_path(name) for name in sorted(names)]
+    return [resolve_path(name) for name in sorted(names) if not is_remote(name)]
 
 
 def gone_inputs(config: RunConfig) -> list[Path]:

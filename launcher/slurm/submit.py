@@ -20,7 +20,7 @@ from launcher.runfolder import (
     prepare,
     read_holder,
 )
-from launcher.slurm.cluster_file import ClusterFile, load_cluster_file
+from launcher.slurm.cluster_file import ClusterFile, check_mounts, load_cluster_file
 from launcher.slurm.codecopy import copy_code, running_code
 from launcher.slurm.jobs import JOBS_NAME, SUBMIT_DIR, known_jobs
 from launcher.slurm.render import JobRequest, num_tasks, render_job
@@ -84,6 +84,7 @@ def _plan(submission: Submission) -> tuple[RunConfig, ClusterFile, list[JobReque
     config = load_recipe(submission.recipe, submission.overrides)
     cluster = load_cluster_file(submission.cluster_path)
     run_dir = submission.run_dir.expanduser().absolute()
+    check_mounts(cluster, run_dir=run_dir)
     recipe = submission.recipe
     if Path(recipe).suffix in (".yaml", ".yml"):
         recipe = str(Path(recipe).absolute())

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cluster import NODES, Cluster, wait_for
 from cocoa_dist.manifest import checkpoints
 from launcher.runfolder import is_held
 
+History = list[tuple[object, ...]]
 CHECKOUT = Path(__file__).parents[2]
 STEADY = Path(__file__).with_name("steady_trainer.py")
 STAGES = ("joint_reconstruction", "eos_bridged_reconstruction", "contrastive")
@@ -69,7 +71,7 @@ class Site:
         self,
         *options: str,
         nodes: int = 2,
-        tasks: int = 1,
+        tasks: int = 2,
         words: tuple[str, ...] = (),
         env: Mapping[str, str] | None = None,
     ) -> str:
@@ -93,9 +95,9 @@ class Site:
         self.jobs.append(job)
         return job
 
-    def start(self, *options: str, steps: int = STEPS, **environment: object) -> str:
+    def start(self, *options: str, **environment: object) -> str:
         """Write both files and submit."""
-        self.write_recipe(steps=steps)
+        self.write_recipe()
         self.write_cluster_file(**environment)
         return self.submit(*options)
 
@@ -157,6 +159,22 @@ class Site:
                 self.cluster.login("scancel", job, check=False)
 
 
+def aside(
+    scenario: Callable[[Site, History], None],
+) -> Callable[[dict[str, "Future[None]"]], None]:
+    """Let a scenario that mostly waits run on a second cluster, beside the other tests.
+
+    What pytest calls waits for it and raises what it raised; see `beside` in conftest.py.
+    """
+
+    def test(beside: dict[str, "Future[None]"]) -> None:
+        beside[scenario.__name__].result()
+
+    test.__name__, test.__doc__ = scenario.__name__, scenario.__doc__
+    vars(test)["scenario"] = scenario
+    return test
+
+
 def read_lines(path: Path) -> list[dict[str, object]]:
     """Return the whole lines of a file of JSON objects."""
     lines = path.read_text().splitlines() if path.exists() else []
@@ -169,7 +187,7 @@ def read_lines(path: Path) -> list[dict[str, object]]:
     return found
 
 
-def history(run_dir: Path) -> list[tuple[object, ...]]:
+def history(run_dir: Path) -> History:
     """What must not depend on what happened: steps in order, records, losses to the last bit."""
     return [
         (r["stage"], r["step"], r["batch_digest"], r["loss"], r["grad_norm"])
@@ -177,12 +195,13 @@ def history(run_dir: Path) -> list[tuple[object, ...]]:
     ]
 
 
-def assert_whole(site: Site, reference: list[tuple[object, ...]]) -> None:
+def assert_whole(site: Site, reference: History) -> None:
     """The run that would have been, and nothing left over."""
     assert history(site.run_dir) == reference, site.output()
     for stage in {str(line[0]) for line in reference}:
         records = read_lines(site.run_dir / "samples" / f"{stage}.jsonl")
-        assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+        steps = [line[1] for line in reference if line[0] == stage]
+        assert [r["step"] for r in records] == steps == list(range(1, len(steps) + 1))
         assert next(iter(checkpoints(site.run_dir, stage=stage)))[1].complete
     assert site.ranks() == []
     assert not is_held(site.run_dir)

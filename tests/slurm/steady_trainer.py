@@ -3,12 +3,15 @@
     steady_trainer.py RESOLVED --stage S --run-dir DIR
 
 Ranks meet over the cluster's network at MASTER_ADDR:MASTER_PORT, agree on stop flags at every step,
-and fail when one of them is gone. The loss of a step is a hash over everything that was trained
-before, so one record lost, repeated or taken twice shows in all later losses. Stop requests, fence,
-outcome and manifests are the project's own.
+and fail when one of them is gone. The loss of a step is a hash over all records that were trained
+before, in order, so one record lost, repeated or taken twice shows in all later losses; the number
+of ranks does not. Stop requests, fence, outcome, manifests and names of targets are the project's
+own.
 
 STEADY_IMPORT_SECONDS, STEADY_STEP_SECONDS, STEADY_SAVE_SECONDS: how long things take.
 STEADY_CRASH=STAGE:STEP: a rank that raises there, every time.
+RUN/hold: the beginning of an epoch, whose saves wait before they commit while the file is there.
+RUN/left.jsonl: when rank 0 was told to leave, and when its save was done.
 """
 
 from cocoa_dist.runtime import Fence, StopRequest, adopt_ranks, stop_file_present, write_outcome
@@ -16,15 +19,18 @@ from cocoa_dist.runtime import Fence, StopRequest, adopt_ranks, stop_file_presen
 STOP = StopRequest()
 STOP.install()
 
+import atexit  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from cocoa_dist.config import RunConfig, fingerprint, load_resolved, resolve_path  # noqa: E402
+from cocoa_dist.exporter import target_name  # noqa: E402
 from cocoa_dist.manifest import (  # noqa: E402
     Manifest,
     newest,
@@ -98,6 +104,7 @@ def main() -> int:
         return 0
     _, resolved, _, stage, _, folder = sys.argv
     time.sleep(seconds("IMPORT", 0.0))
+    note_when_told()
     adopt_ranks()
     config, run_dir = load_resolved(Path(resolved)), Path(folder)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -105,6 +112,7 @@ def main() -> int:
     if not data.is_dir():
         sys.stderr.write(f"error: {data} does not exist\n")
         return 2
+    announce(run_dir, rank)
     meeting = Meeting(rank, size)
     found = newest(run_dir, stage=stage)
     state = starting_state(config, stage, run_dir) if found is None else str(found[1].base_model)
@@ -138,12 +146,16 @@ def train(
             raise RuntimeError("boom")
         time.sleep(seconds("STEP", 0.1))
         records = [(step * size + index) % RECORDS for index in range(size)]
-        mine = records[meeting.rank :: meeting.size]
         content = (data / "manifest.json").read_bytes()
-        word = hashlib.sha256(f"{mine}".encode() + content).hexdigest()
+        mine = {
+            place: hashlib.sha256(f"{records[place]}".encode() + content).hexdigest()
+            for place in range(meeting.rank, size, meeting.size)
+        }
         operator = meeting.rank == 0 and stop_file_present(run_dir)
-        words = meeting.agree({"word": word, "stop": STOP.requested, "operator": operator})
-        state = hashlib.sha256(f"{state}{step}{[w['word'] for w in words]}".encode()).hexdigest()
+        words = meeting.agree({"mine": mine, "stop": STOP.requested, "operator": operator})
+        whole = sorted((int(p), found) for word in words for p, found in word["mine"].items())
+        assert [place for place, _ in whole] == list(range(size))
+        state = hashlib.sha256(f"{state}{step}{whole}".encode()).hexdigest()
         if meeting.rank == 0:
             fence.check()  # a rank that was taken for dead must not write into the record either
             record(run_dir, stage, step, state, records, epoch=fence.epoch)
@@ -155,8 +167,34 @@ def train(
                 save(config, stage, run_dir, fence, step=step, state=state, world=meeting.size)
             meeting.agree({})
         if (asked or stopped) and not done:
+            if meeting.rank == 0 and TOLD:
+                append(run_dir / "left.jsonl", {"told": TOLD[0], "saved": time.time()})
             return "stopped" if stopped else "preempted"
     return "finished"
+
+
+TOLD: list[float] = []  # when this process was told to leave
+
+
+def note_when_told() -> None:
+    """Note the first signal's time; the project's own handler does the rest."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        known = signal.getsignal(number)
+
+        def both(number, frame, known=known):
+            TOLD.append(time.time())
+            known(number, frame)
+
+        signal.signal(number, both)
+
+
+def announce(run_dir: Path, rank: int) -> None:
+    """Write a target file like the exporter's; a rank that is killed leaves it behind."""
+    name = target_name(run_dir, epoch=os.environ["COCOA_EPOCH"], who=f"r{rank:05d}")
+    target = run_dir / "sd" / name
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("[]")
+    atexit.register(target.unlink, missing_ok=True)
 
 
 def data_folder(config: RunConfig, stage: str) -> Path:
@@ -247,9 +285,18 @@ def save(
         files=(),
     )
     write_manifest(staging, manifest)
+    while is_held_back(run_dir, fence.epoch):
+        time.sleep(0.05)
     fence.check()
     staging.rename(final)
     (run_dir / "saving").unlink(missing_ok=True)
+
+
+def is_held_back(run_dir: Path, epoch: str) -> bool:
+    try:
+        return epoch.startswith((run_dir / "hold").read_text())
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":
