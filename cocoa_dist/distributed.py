@@ -18,6 +18,8 @@ from cocoa_dist.runtime import adopt_ranks
 
 T = TypeVar("T")
 
+_patience: timedelta | None = None  # of the process group; None: torch's
+
 
 @dataclass(frozen=True)
 class World:
@@ -69,7 +71,8 @@ def start(*, timeout_seconds: int) -> World:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # by it DeepSpeed finds the device
         backend = "cpu:gloo,cuda:nccl"
-    limit = timedelta(seconds=timeout_seconds)
+    global _patience
+    limit = _patience = timedelta(seconds=timeout_seconds)
     if world.size == 1:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
@@ -120,8 +123,13 @@ def barrier() -> None:
 
 
 def own_group() -> Any:
-    """Return a gloo group of all ranks for one subject's messages. Collective."""
-    return dist.new_group(backend="gloo") if world_size() > 1 else None
+    """Return a gloo group of all ranks for one subject's messages, as patient as the first one.
+
+    Collective: call on all ranks.
+    """
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=_patience)
 
 
 def gather_objects(value: Any, *, group: Any = None) -> list[Any]:

@@ -38,9 +38,9 @@ _FREE_KEYS = (
     "evaluation",
     "export",
 )
-_ORDER_KEY = re.compile(
-    r"data\.left_out|data\.shuffle\..*|stages\.[^.]+\.(batch_size|data\.sources\..*)"
-)
+# What a new segment of the plan takes up. Not data.shuffle: another order in the middle of a pass
+# would repeat records and lose others.
+_ORDER_KEY = re.compile(r"data\.left_out|stages\.[^.]+\.(batch_size|data\.sources\..*)")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -106,7 +106,7 @@ def fingerprint(config: RunConfig) -> str:
 def differences(old: RunConfig, new: RunConfig, *, free: bool) -> list[str]:
     """List `key: old -> new`; those safe to change at a resume if `free`, else the others.
 
-    What the order of data depends on is safe if `new` says `data.on_change=continue`.
+    Sources, batch sizes and what is left out are safe if `new` says `data.on_change=continue`.
     """
     left, right = flatten(old), flatten(new)
     goes_on = new.data.on_change == "continue"

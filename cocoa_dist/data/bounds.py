@@ -23,6 +23,7 @@ log = logging.getLogger("cocoa_dist.data")
 Ints = NDArray[np.int32]
 PictureCost = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) -> tokens, patches
 
+BOUNDS_VERSION = 1  # a change that gives any record another bound raises it
 _CHUNK = 2**20  # records worked on at once
 _TEXT_ENDS = 2  # a sample's text is followed by EOS and has one token in front
 
@@ -52,20 +53,28 @@ class IndexColumns:
 
 
 def index_bounds(
-    columns: IndexColumns, *, view: str, max_text_tokens: int, picture_cost: PictureCost
+    columns: IndexColumns,
+    *,
+    view: str,
+    max_text_tokens: int,
+    picture_cost: PictureCost,
+    joint_every: int = 1,
+    instruction: int = 0,
 ) -> tuple[Ints, Ints]:
     """Return upper bounds of (tokens, patches) of every record, from the index alone.
 
-    Each bound is what `packing.length_bound` gives without the record.
+    Each bound is what `packing.length_bound` gives without the record. `joint_every` and
+    `instruction` (tokens) are of pairs, whose texts are joined.
     """
     tokens, patches = _picture_sums(columns, picture_cost)
-    limit = max_text_tokens
+    counted, limit = columns.num_text_tokens, np.int32(max_text_tokens)
     if view == "pair":
-        return tokens + np.int32(2 * limit + _TEXT_ENDS), patches
-    most = np.int32(2 * limit if view == "bridged" else limit)
-    counted = columns.num_text_tokens
-    text = np.where(counted >= 0, np.minimum(counted, most), most).astype(np.int32)
-    return tokens + text + np.int32(_TEXT_ENDS), patches
+        most = np.where(counted >= 0, counted + counted // joint_every, limit)
+        text = np.minimum(most + np.int32(instruction), limit) + np.minimum(most, limit)
+    else:
+        longest = 2 * limit if view == "bridged" else limit
+        text = np.where(counted >= 0, np.minimum(counted, longest), longest)
+    return tokens + text.astype(np.int32) + np.int32(_TEXT_ENDS), patches
 
 
 def mapped_bounds(

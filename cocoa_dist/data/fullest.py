@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_dist.batch import PackedBatch
+from cocoa_dist.data.encoder import PackDraft
 from cocoa_dist.data.geometry import ImageGeometry
-from cocoa_dist.data.loader import StageLoader, _PackDraft
+from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.data.order import PlanSource, Slot, StepPlan
 
 _CHUNK = 4096  # records that are looked at together
@@ -61,7 +62,7 @@ class _Filling:
         self._source = loader._dataset._sources[source.name]
         self._records: list[int] = []
         self._keys: list[str] = []
-        self._draft = _PackDraft([], [], [])
+        self._draft = PackDraft([], [], [])
 
     def add(self, records: NDArray[np.int64], *, only_if_it_fits: bool = False) -> None:
         """Encode records and add them; what fits by the plan's bounds does."""
@@ -87,8 +88,8 @@ class _Filling:
 
 
 def most_packs(plan: StepPlan, *, world_size: int) -> int:
-    """Return how many packs a rank has in the largest of the first steps."""
-    steps = range(1, _STEPS_LOOKED_AT + 1)
+    """Return how many packs a rank has in the largest of the plan's first steps."""
+    steps = range(plan.start_step, plan.start_step + _STEPS_LOOKED_AT)
     return max(len(plan.step(step, world_size).ranks[0]) for step in steps)
 
 
@@ -104,7 +105,7 @@ def _fullest_source(plan: StepPlan, *, world_size: int) -> PlanSource:
     return max(plan.sources, key=fill)
 
 
-def _used(draft: _PackDraft, geometry: ImageGeometry) -> NDArray[np.int64]:
+def _used(draft: PackDraft, geometry: ImageGeometry) -> NDArray[np.int64]:
     """Return how many tokens and patches samples have."""
     tokens = sum(len(sample.input_ids) for sample in draft.samples)
     images = [image for sample in draft.samples for image in sample.sample.images]

@@ -1,20 +1,21 @@
 """The loader of a stage: one StepBatch for each optimizer step, through megatron-energon.
 
 energon brings the data sets, their weights and the worker processes; the order is our plan's, and
-so is the state: a resume needs the next step alone. Encoding never raises for a bad record: it is
-masked, named and counted, and every other record keeps its place.
+so is the state: a resume needs the next step alone. That is also how the loader goes on when one of
+its worker processes dies: all are started again at the step that is due.
 """
 
 # No `from __future__ import annotations`: energon reads ArrowDatasetFactory's at run time.
 import hashlib
+import logging
+import pickle
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import yaml
 from megatron.energon import (
@@ -28,41 +29,28 @@ from megatron.energon import (
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.base_dataset import BaseCoreDatasetFactory
 
-from cocoa_dist.batch import BadRecord, PackedBatch, StepBatch
+from cocoa_dist.batch import StepBatch
 from cocoa_dist.config import RunConfig, StageConfig, resolve_path
-from cocoa_dist.data.bounds import Bounds, index_bounds, mapped_bounds
-from cocoa_dist.data.corruption import CorruptedSample, corrupt
+from cocoa_dist.data.encoder import StepEncoder
 from cocoa_dist.data.geometry import ImageGeometry
-from cocoa_dist.data.order import Pack, PlanSource, StepPlan, check_world_size
-from cocoa_dist.data.packing import (
-    EmbeddingInfo,
-    build_pack,
-    identity_number,
-    length_bound,
-    picture_cost,
-)
-from cocoa_dist.data.record_source import LEFT_OUT, RecordSource, read_left_out
-from cocoa_dist.data.records import Record
-from cocoa_dist.data.samples import (
-    ViewResult,
-    ViewSettings,
-    Vocabulary,
-    draw_for,
-    fillers,
-    view_samples,
-    view_settings,
-)
+from cocoa_dist.data.order import PlanSource, StepPlan, check_world_size
+from cocoa_dist.data.record_source import RecordSource, read_left_out
+from cocoa_dist.data.samples import Vocabulary
 from cocoa_dist.data.shards import ShardReader
 from cocoa_dist.data.shuffle import Shuffle
 from cocoa_dist.data.store import absolute
+from cocoa_dist.data.workers import end_at_once, first_death, unwatch, watched
 from cocoa_dist.manifest import write_atomic
-from cocoa_dist.segments import attention_rule
 
-EXACT_BOUND_RECORDS = 20_000  # data sets up to this size are read once for tight length bounds
+MAX_DEATHS_IN_A_ROW = 5  # of workers, without a step between them: then it is not chance
+log = logging.getLogger("cocoa_dist.data")
 _ENDLESS = 10**9  # steps, or seconds: never
 _COLLECT_EVERY_STEPS = 10  # garbage collection in a worker process
 _WATCHDOG_SECONDS = 60.0  # a worker that takes longer over a step writes its stack to the log
 _SOURCE_KEY = "source"  # name of a source, among energon's subflavors
+# What waiting for a batch raises if the worker that made it is gone: torch, its queue, its sockets.
+_BROKEN = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+_DEATH_SECONDS = 2.0  # from the first sign of it until the kernel says so
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -97,176 +85,6 @@ class ArrowDatasetFactory(BaseCoreDatasetFactory[CrudeSample]):  # type: ignore[
     def as_file_store(self) -> Any:
         """Refuse, as build does."""
         return self.build()
-
-
-@dataclass
-class _PackDraft:
-    """One pack while its records are being encoded."""
-
-    samples: list[CorruptedSample]
-    draws: list[np.random.Generator]
-    embeddings: list[EmbeddingInfo]
-
-
-class StepEncoder:
-    """Turns the assignment of a step into one rank's StepBatch."""
-
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        stage_name: str,
-        vocabulary: Vocabulary,
-        geometry: ImageGeometry,
-        num_nodes: int = 1,
-    ) -> None:
-        self.stage: StageConfig = config.stages[stage_name]
-        self.num_nodes = num_nodes
-        self.stage_name = stage_name
-        self.vocabulary = vocabulary
-        self.geometry = geometry
-        self.settings: ViewSettings = view_settings(
-            config.data, geometry=geometry, stage=self.stage.data, training=True
-        )
-        attention = self.stage.attention
-        self._rule = attention_rule(attention.rule, **attention.options())
-        self._config = config
-
-    def encode(
-        self, plan: StepPlan, sources: dict[str, RecordSource], *, step: int, rank: int, world: int
-    ) -> StepBatch:
-        """Build the part of `rank`. Never raises for what a record holds."""
-        assignment = plan.step(step, world, num_nodes=self.num_nodes)
-        source = sources[assignment.dataset]
-        keys: list[str] = []
-        bad: list[BadRecord] = []
-        packs: list[PackedBatch] = []
-        truncated = num_tokens = 0
-        for pack in assignment.ranks[rank]:
-            draft = self._encode_pack(pack, source, keys=keys, bad=bad)
-            real = [s.sample for s in draft.samples if not s.sample.is_filler]
-            truncated += sum(sample.truncated for sample in real)
-            num_tokens += sum(len(sample.input_ids) for sample in real)
-            packs.append(self._build(draft))
-        return StepBatch(
-            step=step,
-            dataset=assignment.dataset,
-            record_ids=assignment.record_ids,
-            record_keys=tuple(keys),
-            digest=assignment.digest,
-            packs=tuple(packs),
-            num_samples=sum(pack.num_samples for pack in packs),
-            num_tokens=num_tokens,
-            fill_ratio=num_tokens / (len(packs) * plan.tokens_per_pack),
-            num_truncated=truncated,
-            bad_records=tuple(bad),
-            cpu_seconds=0.0,
-        )
-
-    def bounds(self, source: RecordSource, *, folder: Path) -> Bounds:
-        """Return upper bounds of tokens and patches for every record of a source.
-
-        Records of a small data set are read, which makes them tight; those of a large one come
-        from its index, and lie in a file of `folder` that all processes map.
-        """
-        if source.num_records <= EXACT_BOUND_RECORDS:
-            return self._tight_bounds(source)
-        reader = source.reader
-        pictures = self.settings.pictures
-
-        def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-            return index_bounds(
-                reader.index_columns(begin, end, counted=self._counted(source)),
-                view=self.stage.data.view,
-                max_text_tokens=self.settings.max_text_tokens,
-                picture_cost=lambda size: picture_cost(size, self.settings),
-            )
-
-        image = self._config.data.image
-        described = [
-            *(reader.fingerprint, self.stage.data.view, self.settings.max_text_tokens),
-            *(self._counted(source), image.min_pixels, image.max_pixels, pictures.factor),
-        ]
-        return mapped_bounds(folder, count=source.num_records, key=repr(described), part=part)
-
-    def _counted(self, source: RecordSource) -> bool:
-        """Whether the index counts text with this run's tokenizer."""
-        return source.reader.info.tokenizer_sha256 == self.vocabulary.sha256 != ""
-
-    def _tight_bounds(self, source: RecordSource) -> Bounds:
-        reader, count = source.reader, source.num_records
-        counted = self._counted(source)
-        bounds = np.empty((count, 2), dtype=np.int64)
-        for number in range(count):
-            bounds[number] = length_bound(
-                self.stage.data.view,
-                num_text_tokens=int(reader.num_text_tokens[number]) if counted else -1,
-                image_sizes=reader.image_sizes(number),
-                record=source.readable(number),
-                vocabulary=self.vocabulary,
-                settings=self.settings,
-            )
-        return Bounds.of(bounds[:, 0], bounds[:, 1])
-
-    def _encode_pack(
-        self, pack: Pack, source: RecordSource, *, keys: list[str], bad: list[BadRecord]
-    ) -> _PackDraft:
-        draft = _PackDraft([], [], [])
-        for slot in pack:
-            stream = f"{self.stage_name}/{source.name}"
-            draw = draw_for(self._config.seed, stream, slot.passes, slot.record)
-            made, record = self._samples(source, slot.record, draw)
-            key = source.key(slot.record) if record is None else record.key
-            keys.append(key)
-            if made.reason not in (None, LEFT_OUT):
-                bad.append(source.bad_record(slot.record, key=key, reason=made.reason))
-            for sample in made.samples:
-                draft.samples.append(
-                    corrupt(
-                        sample,
-                        self.stage.objective,
-                        draw=draw,
-                        vocabulary=self.vocabulary,
-                        geometry=self.geometry,
-                    )
-                )
-                draft.draws.append(draw)
-            if self.stage.data.view == "pair":
-                identity = f"{source.name}/{slot.record}" if record is None else record.identity
-                number = identity_number(identity)
-                weight = 1.0 if made.reason is None else 0.0
-                draft.embeddings.append(EmbeddingInfo(slot.position, 0, number, weight))
-                draft.embeddings.append(EmbeddingInfo(slot.position, 1, number, weight))
-        return draft
-
-    def _samples(
-        self, source: RecordSource, number: int, draw: np.random.Generator
-    ) -> tuple[ViewResult, Record | None]:
-        """Return what a record became; the record is None if it could not be read."""
-        view = self.stage.data.view
-        if number in source.left_out:
-            return ViewResult(fillers(view, self.vocabulary), reason=LEFT_OUT), None
-        try:
-            record = source.record(number)
-        except (ValueError, OSError) as error:
-            return ViewResult(fillers(view, self.vocabulary), reason=str(error)), None
-        made = view_samples(
-            view, record, draw=draw, vocabulary=self.vocabulary, settings=self.settings
-        )
-        return made, record
-
-    def _build(self, draft: _PackDraft) -> PackedBatch:
-        objective = self.stage.objective
-        return build_pack(
-            draft.samples,
-            rule=self._rule,
-            geometry=self.geometry,
-            vocabulary=self.vocabulary,
-            embeddings=draft.embeddings,
-            pooling=self.stage.pooling,
-            noise=draft.draws,
-            normalise_patches=objective.kind == "reconstruction" and objective.normalise_patches,
-        )
 
 
 class PlanDataset(SavableDataset[StepBatch]):  # type: ignore[misc]
@@ -320,6 +138,11 @@ class PlanDataset(SavableDataset[StepBatch]):  # type: ignore[misc]
                 spent = time.process_time() - began
                 batch = replace(batch, cpu_seconds=spent)
             yield batch
+
+    def start_at(self, step: int) -> None:
+        """Let workers that are started from now on begin at a step."""
+        self._start_step = step
+        self.reset_state_own()
 
     def close(self) -> None:
         """Close the files of all sources."""
@@ -430,6 +253,7 @@ class StageLoader:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         stage = config.stages[stage_name]
+        self._stage_name = stage_name
         check_world_size(stage.batch_size, world_size, stage=stage_name)
         encoder = StepEncoder(
             config=config,
@@ -438,7 +262,6 @@ class StageLoader:
             geometry=geometry,
             num_nodes=num_nodes,
         )
-        in_process = config.data.num_workers == 0
         dataset = get_train_dataset(
             str(_write_metadataset(stage, stage_name, folder)),
             worker_config=WorkerConfig(
@@ -456,15 +279,21 @@ class StageLoader:
             ),
         )
         self._dataset = cast(PlanDataset, dataset)
-        self._loader = get_savable_loader(
-            dataset,
+        self._loader = self._new_loader()
+        self._steps: Iterator[StepBatch] | None = None
+        self._expected = start_step
+        self.worker_deaths = 0  # so far; each is logged
+
+    def _new_loader(self) -> Any:
+        in_process = self._dataset.worker_config.num_workers == 0
+        loader = get_savable_loader(
+            self._dataset,
             checkpoint_every_sec=_ENDLESS,  # energon's own state is not used
             gc_collect_every_n_steps=0 if in_process else _COLLECT_EVERY_STEPS,
             watchdog_timeout_seconds=None if in_process else _WATCHDOG_SECONDS,
         )
-        self._loader.pin_memory = False  # its thread would warn without a GPU; batches are small
-        self._steps: Iterator[StepBatch] | None = None
-        self._expected = start_step
+        loader.pin_memory = False  # its thread would warn without a GPU; batches are small
+        return loader
 
     @property
     def plan(self) -> StepPlan:
@@ -477,14 +306,54 @@ class StageLoader:
         return self.plan.plan_hash
 
     def next_step(self) -> StepBatch:
-        """Return the next step's part of this rank; the same number of packs on every rank."""
-        # A DataLoader draws a seed when it starts: a resumed run's dropout would be another one.
-        with torch.random.fork_rng(devices=[]):
-            self._steps = self._steps or iter(self._loader)
-            batch: StepBatch = next(self._steps)
+        """Return the next step's part of this rank; the same number of packs on every rank.
+
+        A worker process that dies costs a moment, not the run. Raises RuntimeError if workers die
+        again and again over one step, and whatever an encoder raised: that is a fault of ours.
+        """
+        for attempt in range(1, MAX_DEATHS_IN_A_ROW + 1):
+            try:
+                batch = self._receive()
+                break
+            except _BROKEN as error:
+                self._start_workers_again(error, attempt)
         assert batch.step == self._expected, f"step {batch.step}, expected {self._expected}"
         self._expected += 1
         return batch
+
+    def _receive(self) -> StepBatch:
+        """Take what the workers have for the next step. Raises one of _BROKEN if one is dead."""
+        workers = self._loader._iterator
+        # A DataLoader draws a seed when it starts: a resumed run's dropout would be another one.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with watched(workers):
+                    death = first_death(workers)
+                    if death is not None:  # since the last step; its batches may be half written
+                        raise RuntimeError(str(death))
+                    self._steps = self._steps or iter(self._loader)
+                    return next(self._steps)
+            finally:
+                unwatch(self._loader._iterator)  # which the first step has just made
+
+    def _start_workers_again(self, error: Exception, attempt: int) -> None:
+        """Put new workers in the place of all if one has died, else raise the error."""
+        workers = self._loader._iterator
+        death = first_death(workers, patience=_DEATH_SECONDS)
+        if death is None:
+            raise error
+        self.worker_deaths += 1
+        end_at_once(workers)
+        where = f"stage '{self._stage_name}', waiting for step {self._expected}: loader {death}"
+        if attempt == MAX_DEATHS_IN_A_ROW:
+            raise RuntimeError(
+                f"{where}; it was the {attempt}th death without a step between. Look for it in "
+                "the kernel's log (dmesg); if memory ran out, lower data.num_workers, else run "
+                "with data.num_workers=0 to see which record it is"
+            ) from error
+        log.warning("%s; the workers are started again, nothing is lost", where)
+        self._dataset.start_at(self._expected)
+        self._loader, self._steps = self._new_loader(), None
 
     def state(self, next_step: int) -> dict[str, Any]:
         """Return what a checkpoint keeps; `next_step` is the first one not yet trained."""
@@ -493,7 +362,9 @@ class StageLoader:
     def close(self) -> None:
         """End the worker processes and close the files. The loader cannot be used afterwards."""
         workers, self._loader._iterator, self._steps = self._loader._iterator, None, None
-        if hasattr(workers, "_shutdown_workers"):  # a loader in process has none to end
+        if first_death(workers) is not None:
+            end_at_once(workers)
+        elif hasattr(workers, "_shutdown_workers"):  # a loader in process has none to end
             workers._shutdown_workers()
         self._dataset.close()
 

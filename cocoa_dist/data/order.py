@@ -169,6 +169,7 @@ class StepPlan:
             "start_step": self.start_step,
             "start": dict(self.cursors),
             "fingerprints": {s.name: _short(s.fingerprint) for s in self.sources},
+            "num_records": {s.name: s.num_records for s in self.sources},
             "cursors": self.cursors_at(next_step),
             "next_step": next_step,
         }
@@ -191,16 +192,24 @@ class StepPlan:
                 "have changed. Go on with the old ones, start another run folder, or set "
                 "data.on_change=continue to go on with the new ones from where each data set stands"
             )
-        before = state.get("fingerprints", {})
         for source in self.sources:
-            now = _short(source.fingerprint)
-            if before.get(source.name, now) != now and cursors.get(source.name, 0):
-                raise ValueError(
-                    f"stage '{self.stage}': source '{source.name}' was other data "
-                    f"({before[source.name]}, now {now}), so that where it stands says nothing: "
-                    "give the new data a name of its own"
-                )
+            if cursors.get(source.name, 0):
+                self._check_standing(source, state)
         return replace(self, start_step=next_step, cursors=cursors)
+
+    def _check_standing(self, source: PlanSource, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if a begun source holds other records than the checkpoint's."""
+        for what, key, now in (
+            ("data", "fingerprints", _short(source.fingerprint)),
+            ("number of records", "num_records", source.num_records),
+        ):
+            before = state.get(key, {}).get(source.name, now)
+            if before != now:
+                raise ValueError(
+                    f"stage '{self.stage}': source '{source.name}' had another {what} ({before}, "
+                    f"now {now}), so that where it stands says nothing: give it a name of its own, "
+                    "and its passes begin anew"
+                )
 
     def _check_source(self, source: PlanSource) -> None:
         if source.num_records == 0:

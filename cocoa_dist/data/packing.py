@@ -32,6 +32,7 @@ from cocoa_dist.segments import AttentionRule, Segment
 
 Floats = NDArray[np.float32]
 
+JOINT_EVERY = 4  # the index counts texts one by one; joined, each may take a token more
 _VARIANCE_FLOOR = 1e-6  # of normalised patches (arXiv 2111.06377, released code)
 
 
@@ -193,13 +194,20 @@ def length_bound(
         if view == "bridged":
             text = min(num_text_tokens, 2 * limit) if known else 2 * limit
         return tokens + text + 2, patches
+    instruction = instruction_tokens(vocabulary, settings)
     if record is None:
-        return query[0] + 2 * limit + 2, query[1]
-    instruction = len(vocabulary.encode(settings.instruction)) + 1 if settings.instruction else 0
+        most = num_text_tokens + num_text_tokens // JOINT_EVERY if known else limit
+        both = min(most + instruction, limit) + min(most, limit)
+        return query[0] + both + 2, query[1]
     texts = [" ".join(side_texts(side)) for side in record.positives or (record.target,)]
     longest = max(min(len(vocabulary.encode(text_start(one, limit))), limit) for one in texts)
     tokens = query[0] + target[0] + min(text + instruction, limit) + longest + 2
     return tokens, query[1] + target[1]
+
+
+def instruction_tokens(vocabulary: Vocabulary, settings: ViewSettings) -> int:
+    """Return how many tokens the instruction puts in front of a pair's query."""
+    return len(vocabulary.encode(settings.instruction)) + 1 if settings.instruction else 0
 
 
 def picture_cost(size: tuple[int, int], settings: ViewSettings) -> tuple[int, int]:

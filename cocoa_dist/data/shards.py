@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cocoa_dist.config import is_remote
 from cocoa_dist.data.bounds import IndexColumns
 from cocoa_dist.data.records import Record, from_row, record_crc32
 from cocoa_dist.data.shard_format import (
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
+CHECKED_RECORDS = 2_000_000  # the index of a larger data set is not read whole at every opening
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Location:
 class ShardReader:
     """Random access to the records of one data set.
 
-    Opening reads the manifest and the index, not the shards. Safe to use from several threads and
+    Opening reads the manifest and the index, not the shards. A local index is mapped: processes
+    share it, and that of a data set of more than CHECKED_RECORDS records is taken as it is, until
+    `verify` looks at it. Safe to use from several threads and
     after a fork, and can be pickled: every process opens its own files, when it needs them.
     Raises ValueError if a file is missing, has another size than the manifest says, or if the
     index is not the one the manifest describes. OSError (a disk that fails) is passed on.
@@ -74,14 +79,13 @@ class ShardReader:
         check_sizes(self._store, manifest)
         self.info: DatasetInfo = dataset_info(manifest)
         self._cache_bytes = cache_bytes
-        records = _read_table(self._store, RECORD_INDEX, RECORD_INDEX_SCHEMA)
-        batches = _read_table(self._store, BATCH_INDEX, BATCH_INDEX_SCHEMA)
-        self.num_text_tokens: NDArray[np.int32] = _column(records, "num_text_tokens")
-        self._crc32 = _column(records, "crc32")
-        self._batch = _column(records, "batch")
-        self._row = _column(records, "row")
-        self._heights = records.column("image_heights").combine_chunks()
-        self._widths = records.column("image_widths").combine_chunks()
+        whole = self.info.count <= CHECKED_RECORDS
+        records = _read_table(self._store, RECORD_INDEX, RECORD_INDEX_SCHEMA, check=whole)
+        batches = _read_table(self._store, BATCH_INDEX, BATCH_INDEX_SCHEMA, check=whole)
+        self._records = records
+        self._crc32, self._batch, self._row = (
+            _MappedColumn(records, name) for name in ("crc32", "batch", "row")
+        )
         self._batch_shard = _column(batches, "shard")
         self._batch_start = np.cumsum(_column(batches, "num_rows"), dtype=np.int64)
         self._batch_start -= _column(batches, "num_rows")  # number of a batch's first record
@@ -92,6 +96,11 @@ class ShardReader:
 
     def __len__(self) -> int:
         return self.info.count
+
+    @cached_property
+    def num_text_tokens(self) -> NDArray[np.int32]:
+        """Tokens of every record's text, copied from the index; see shard_format."""
+        return _column(self._records, "num_text_tokens")
 
     def __reduce__(self) -> tuple[Callable[..., "ShardReader"], tuple[str, int]]:
         return (_open_reader, (self.path, self._cache_bytes))
@@ -129,19 +138,23 @@ class ShardReader:
         (0, 0) stands for a picture whose header could not be read when the data set was written.
         """
         self._check_number(number)
-        heights, widths = self._heights[number].as_py(), self._widths[number].as_py()
+        heights, widths = (
+            self._records.column(name)[number].as_py() for name in ("image_heights", "image_widths")
+        )
         return tuple(zip(heights, widths, strict=True))
 
     def index_columns(self, begin: int, end: int, *, counted: bool) -> IndexColumns:
         """Return what the index says of records [begin, end); text lengths if `counted`."""
-        heights = self._heights[begin:end]
-        widths = self._widths[begin:end]
+        rows = self._records.slice(begin, end - begin)
+        texts = _column(rows, "num_text_tokens")
+        heights, widths = (
+            rows.column(name).combine_chunks() for name in ("image_heights", "image_widths")
+        )
         first = heights.offsets.to_numpy()
-        texts = self.num_text_tokens[begin:end]
         return IndexColumns(
             num_text_tokens=texts if counted else np.full(len(texts), -1, dtype=np.int32),
-            heights=heights.flatten().to_numpy(zero_copy_only=False),
-            widths=widths.flatten().to_numpy(zero_copy_only=False),
+            heights=heights.flatten().to_numpy(),
+            widths=widths.flatten().to_numpy(),
             first_picture=first - first[0],
         )
 
@@ -151,6 +164,12 @@ class ShardReader:
         shard = self._batch_shard[self._batch[number]]
         first_batch = int(np.searchsorted(self._batch_shard, shard))
         return Location(shard_name(int(shard)), number - int(self._batch_start[first_batch]))
+
+    def shard_ranges(self) -> list[tuple[int, int]]:
+        """Return the first record and the end of each shard, from the index alone."""
+        _, first_batches = np.unique(self._batch_shard, return_index=True)
+        starts = [int(self._batch_start[batch]) for batch in first_batches]
+        return list(zip(starts, [*starts[1:], len(self)], strict=True))
 
     def close(self) -> None:
         """Close the files and forget the cached batches; the next read opens them again."""
@@ -167,7 +186,9 @@ class ShardReader:
                 f"{len(self._batch_shard)} batches, the manifest {self.info.count} in "
                 f"{self.info.num_batches}; rebuild the data set or restore the index"
             )
-        found = _fingerprint(self._crc32)
+        if self.info.count > CHECKED_RECORDS:
+            return
+        found = _fingerprint(_column(self._records, "crc32"))
         if found != self.info.fingerprint:
             raise ValueError(
                 f"{self.path}/{RECORD_INDEX}: fingerprint is {found[:12]}..., the manifest has "
@@ -240,10 +261,10 @@ class _ProcessState:
     cached_bytes: int = 0
 
 
-def _read_table(store: Store, name: str, schema: pa.Schema) -> pa.Table:
+def _read_table(store: Store, name: str, schema: pa.Schema, *, check: bool) -> pa.Table:
     try:
-        table = pa.ipc.open_file(pa.py_buffer(store.read(name))).read_all()
-        table.validate(full=True)
+        table = pa.ipc.open_file(_mapped(store, name)).read_all()
+        table.validate(full=check)
     except pa.ArrowException as error:
         raise ValueError(
             f"{store.location}/{name} is damaged ({error}); rebuild the data set"
@@ -253,6 +274,29 @@ def _read_table(store: Store, name: str, schema: pa.Schema) -> pa.Table:
             f"{store.location}/{name} has columns {table.schema.names}, expected {schema.names}"
         )
     return table
+
+
+def _mapped(store: Store, name: str) -> pa.Buffer | pa.MemoryMappedFile:
+    """Return a file mapped if it is a local one, else read."""
+    if is_remote(store.location):
+        return pa.py_buffer(store.read(name))
+    return pa.memory_map(f"{store.location}/{name}")
+
+
+class _MappedColumn:
+    """A column whose values are looked up one by one, where they lie in the file."""
+
+    def __init__(self, table: pa.Table, name: str) -> None:
+        self._chunks = [chunk.to_numpy() for chunk in table.column(name).chunks]
+        lengths = [len(chunk) for chunk in self._chunks]
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: int) -> int:
+        chunk = int(np.searchsorted(self._ends, number, side="right"))
+        return int(self._chunks[chunk][number - int(self._ends[chunk])])  # counted from its end
 
 
 def _column(table: pa.Table, name: str) -> NDArray[Any]:

@@ -45,8 +45,13 @@ def add_adapter(backbone: PreTrainedModel, config: AdapterConfig) -> PreTrainedM
         target_modules=list(config.targets),
         use_dora=config.kind == "dora",
     )
-    # One dtype for everything that is trained: ZeRO-3 flattens it together.
+    dtype = next(backbone.parameters()).dtype
     wrapped: PreTrainedModel = get_peft_model(backbone, settings, autocast_adapter_dtype=False)
+    for parameter in wrapped.parameters():
+        # One dtype for everything that is trained: ZeRO-3 flattens it together. On the meta device
+        # peft leaves its own in float32.
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return wrapped
 
 

@@ -7,6 +7,7 @@ under our names, so no dense mask is ever built.
 
 import logging
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def load_backbone(
         model = _backbone(
             config, token_ids=token_ids, vocabulary_size=vocabulary_size, weights=weights
         )
-    model = model.to(getattr(torch, config.dtype))
+    _cast_parameters(model, getattr(torch, config.dtype))
     route_attention(model, backend=config.attention_backend)
     if config.checkpoint_activations:
         model.activation_checkpointing_enable(
@@ -78,17 +79,39 @@ def _backbone(
     model: PreTrainedModel
     if weights:
         transformers_logging.disable_progress_bar()  # one bar a rank in the logs helps nobody
-        try:
-            model = family.model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager"
-            )
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+        model = _read_weights(family, folder, dtype=dtype)
     else:
         settings = family.config_class.from_pretrained(folder)
         model = family.model_class._from_config(settings, dtype=dtype, attn_implementation="eager")
     _grow_vocabulary(model, vocabulary_size)
     return model
+
+
+def _read_weights(family: Family, folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model folder whole. Raises ValueError for weights that are not there or do not fit.
+
+    Transformers draws what it misses at random, with no more than a note.
+    """
+    try:
+        model, report = family.model_class.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the weights in {folder} lack {len(missing)} parameters that its config.json asks "
+            f"for, first {missing[0]}: fetch the model again, all of its files"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters alone: rounded to bfloat16, rotary frequencies turn far positions wrongly."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def route_attention(

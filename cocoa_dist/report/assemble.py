@@ -42,6 +42,7 @@ from cocoa_dist.report.facts import (
     export_names,
 )
 from cocoa_dist.report.filling import MaskedStage, fill_in, reconstruction_stages
+from cocoa_dist.report.history import read_history
 from cocoa_dist.report.pieces import lower_name
 from cocoa_dist.report.theme import NUM_GROUPS
 from cocoa_dist.train.evaluate import Embedder, load_embedder, stage_weights
@@ -105,6 +106,7 @@ def make_report(run: RunFacts, control: RunFacts | None) -> dict[str, Any]:
         point_groups=groups,
         group_names=group_names,
         exports=exports,
+        history=read_history(run),
     )
     write_atomic(folder / "index.html", page.render(content).encode())
     write_atomic(folder / "retrieval.json", json.dumps(retrieval, indent=1).encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_dist.config import RunConfig, load_resolved, resolve_path
+from cocoa_dist.events import EVENTS_NAME
 from cocoa_dist.manifest import Manifest, newest
 from cocoa_dist.metrics import METRICS_NAME, read_json_lines
 
@@ -157,7 +158,8 @@ def _inputs(run: RunFacts) -> list[Path]:
         resolve_path(source.path) / "manifest.json"
         for source in run.config.evaluation.sets.values()
     ]
-    record = [run.run_dir / METRICS_NAME, run.run_dir / INCARNATIONS_NAME]
+    names = (METRICS_NAME, INCARNATIONS_NAME, EVENTS_NAME)
+    record = [run.run_dir / name for name in names]
     return [run.run_dir / RESOLVED_NAME, *manifests, *record, *data]
 
 

@@ -15,6 +15,8 @@ from cocoa_dist.report.examples import Found, Space, Visibility
 from cocoa_dist.report.facts import CONTRASTIVE, UNTRAINED, RunFacts
 from cocoa_dist.report.figures import scatter, visibility_grid
 from cocoa_dist.report.filling import MaskedStage
+from cocoa_dist.report.history import History
+from cocoa_dist.report.history_pieces import history_section
 from cocoa_dist.report.pieces import lower_name, plain_name
 from cocoa_dist.report.theme import STYLE
 
@@ -55,6 +57,7 @@ class Content:
     point_groups: Sequence[int]  # below theme.NUM_GROUPS
     group_names: Sequence[str]
     exports: Sequence[Exported]
+    history: History
 
 
 def render(content: Content) -> str:
@@ -67,6 +70,7 @@ def render(content: Content) -> str:
         ("words", "Filling in words", _words(content)),
         ("attention", "Attention", _attention(content)),
         ("losses", "Losses", pieces.losses(content.run, content.control)),
+        ("history", "How it went", history_section(content.history)),
         ("run", "The run", _run(content)),
     ]
     kept = [(key, title, body) for key, title, body in sections if body]

@@ -134,6 +134,29 @@ figcaption b { color: var(--ink); font-weight: 600; }
 .space line { stroke-width: .8; opacity: .28; }
 .space circle { stroke-width: 0; opacity: .85; }
 .space .ring { fill: var(--panel); stroke-width: 1.4; }
+.gap { margin-top: 36px; }
+.share { display: flex; height: 26px; margin: 16px 0 14px; border-radius: 6px; overflow: hidden;
+  background: var(--empty); }
+.share i { min-width: 2px; }
+.causes { max-width: 720px; }
+.causes i.dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
+  margin-right: 8px; }
+.strip { position: relative; height: 30px; margin: 12px 0 4px; border-radius: 6px;
+  background: var(--empty); }
+.strip i { position: absolute; top: 9px; bottom: 9px; min-width: 2px; border-radius: 2px; }
+.strip b { position: absolute; top: 2px; bottom: 2px; width: 2px; background: var(--soft); }
+.strip b.saved { top: 22px; }
+.strip b.broken { background: var(--bridge); } .strip b.bad { background: var(--bad); }
+.strip b.warn { background: var(--accent); bottom: 22px; }
+.moments { list-style: none; margin: 18px 0 0; padding: 0; font-size: 15px; max-width: 820px; }
+.moments li { display: grid; grid-template-columns: 7.5em minmax(0, 1fr); gap: 12px;
+  padding: 6px 0; border-bottom: 1px solid var(--line); }
+.moments time { color: var(--soft); font-size: 13px; line-height: 1.85; text-align: right;
+  font-variant-numeric: tabular-nums; }
+.moments small { display: block; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+.moments b { font-weight: 600; } .moments .broken b { color: var(--bridge); }
+.moments .bad b { color: var(--bad); } .moments .warn b { color: var(--accent); }
+.want { background: var(--ok); }
 footer { margin-top: 84px; padding-top: 20px; border-top: 1px solid var(--line);
   color: var(--soft); font-size: 13px; }
 footer p { max-width: 90ch; }
@@ -146,14 +169,16 @@ footer p { max-width: 90ch; }
   .four.wide { grid-template-columns: 1fr; }
   th, td { padding-left: 8px; }
   .pairs th { width: 7.5em; }
+  .causes td:nth-child(2) { display: none; }
+  .moments li { grid-template-columns: 5.6em minmax(0, 1fr); }
   .scroll table { font-size: 13px; } .scroll th { font-size: 12px; }
   .scroll th, .scroll td { padding-left: 6px; }
 }
 """
 _GROUPS = 9
 STYLE += "".join(
-    f".key i.g{n} {{ background: var(--g{n}); }} .space line.g{n}, .space .ring.g{n} "
-    f"{{ stroke: var(--g{n}); }} .space circle.g{n}:not(.ring) {{ fill: var(--g{n}); }}\n"
+    f".key i.g{n}, .share .g{n}, .strip .g{n}, .causes .g{n} {{ background: var(--g{n}); }} "
+    f".space line.g{n}, .space .ring.g{n} {{ stroke: var(--g{n}); }} .space circle.g{n}:not(.ring) {{ fill: var(--g{n}); }}\n"
     for n in range(_GROUPS)
 )
 NUM_GROUPS = _GROUPS

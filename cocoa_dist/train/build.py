@@ -5,6 +5,7 @@ stage. The optimizer always starts new.
 """
 
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from cocoa_dist.objectives.contrastive import Contrastive
 from cocoa_dist.objectives.reconstruction import Reconstruction
 from cocoa_dist.train.checkpoint import WEIGHTS_NAME
 
+_SAYS_NOTHING = ("_name_or_path", "architectures", "transformers_version")  # of a config.json
 _FRESH_PARTS = ("patch_decoder.",)  # a stage may begin or leave these; everything else must match
 
 
@@ -192,7 +194,7 @@ def load_weights(model: EmbeddingModel, path: Path) -> None:
 def base_model_digest(
     config: RunConfig, *, hash_files: Callable[[Sequence[Path]], list[str]] | None = None
 ) -> str:
-    """Return what identifies the weights a run starts from: sha256 (hex) over their files.
+    """Return what identifies the model a run starts from: sha256 (hex) over settings and weights.
 
     `hash_files` returns the sha256 (hex) of each file; by default this process reads them all.
     """
@@ -200,10 +202,19 @@ def base_model_digest(
     if config.model.random is not None:
         digest.update(f"{config.seed} {config.model.random.model_dump_json()}".encode())
         return f"random-{digest.hexdigest()}"
-    paths = sorted(resolve_path(str(config.model.path)).glob("*.safetensors"))
+    folder = resolve_path(str(config.model.path))
+    paths = sorted(folder.glob("*.safetensors"))
+    digest.update(_settings_of(folder / "config.json"))
     for text in hash_files(paths) if hash_files else map(manifest.sha256_file, paths):
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def _settings_of(path: Path) -> bytes:
+    """Return what a model's config.json decides, however it is written down."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    decides = {key: value for key, value in settings.items() if key not in _SAYS_NOTHING}
+    return json.dumps(decides, sort_keys=True).encode()
 
 
 def library_versions() -> dict[str, str]:

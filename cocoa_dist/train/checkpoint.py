@@ -77,7 +77,7 @@ class _Part:
         """Return it for the other ranks."""
         files = [entry.model_dump() for entry in self.files]
         fault = asdict(self.fault) if self.fault else None
-        return json.dumps([self.written, self.done, files, fault])
+        return json.dumps([self.written, self.done, files, fault], ensure_ascii=False)
 
     @staticmethod
     def from_text(text: str) -> "_Part":
@@ -200,10 +200,12 @@ class Checkpointer:
 
     def wait_for_copy(self) -> None:
         """Wait until the save on its way has copied the weights as they were."""
-        if self._pending is not None and not self._pending.job.copied.is_set():
-            started = time.monotonic()
-            self._pending.job.copied.wait()
-            self._blocked += time.monotonic() - started
+        pending = self._pending
+        if pending is None or pending.committing:  # a commit reads files alone
+            return
+        started = time.monotonic()
+        pending.job.copied.wait()
+        self._blocked += time.monotonic() - started
 
     def poll(self) -> None:
         """Take a running save as far as it goes without waiting. Collective: call on all ranks.

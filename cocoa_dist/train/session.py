@@ -134,7 +134,9 @@ def _build(config: RunConfig, stage_name: str, *, run_dir: Path, found: Found) -
     )
     named = parts.model.named_parameters()
     described = [(name, p.shape, str(p.dtype), p.requires_grad) for name, p in named]
-    different = _unlike_rank_zero(hashlib.sha256(repr(described).encode()).hexdigest())
+    settings = parts.model.backbone.config.to_json_string()
+    digest = hashlib.sha256(f"{described}{settings}".encode())
+    different = _unlike_rank_zero(digest.hexdigest())
     if different:
         raise ValueError(
             f"ranks {different} built another model than rank 0: is the model folder, and every "

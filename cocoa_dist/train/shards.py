@@ -100,11 +100,14 @@ class HostCopy:
 
 @contextmanager
 def _beside_training(ready: Any) -> Iterator[None]:
-    """Run GPU copies on a stream of their own, once `ready` has happened, and wait for them."""
+    """Run GPU copies on a stream of their own, once `ready` has happened, and wait for them.
+
+    A stream of the GPU where it happened: a new thread's own is the first, whichever its rank's is.
+    """
     if ready is None:
         yield
         return
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.Stream(ready.device)  # type: ignore[no-untyped-call]
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         yield

@@ -22,6 +22,7 @@ _PEER_GRACE = 0.05  # of the limit: a rank that waits lets the one that hangs le
 _LAST_SECONDS = 30.0  # to write the stacks; the disk may be what hangs
 _COLLECTIVE_FILES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/torch.py")
 _PACKAGE = "/cocoa_dist/"
+_EXCHANGE = ("cocoa_dist/distributed.py", "Exchange.read")  # no frame of torch's lies below it
 
 
 class Watchdog:
@@ -97,6 +98,8 @@ class Whereabouts:
             innermost = innermost or place
             if path.endswith(_COLLECTIVE_FILES) and not name.startswith("_"):
                 collective = collective or name
+            if path.endswith(_EXCHANGE[0]) and frame.f_code.co_qualname == _EXCHANGE[1]:
+                collective = collective or _EXCHANGE[1]
             if _PACKAGE in path:
                 ours = ours or place
             frame = frame.f_back

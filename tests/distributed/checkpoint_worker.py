@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from cocoa_dist import distributed
 from cocoa_dist.config import load_recipe
 from cocoa_dist.manifest import step_folders
+from cocoa_dist.train import commit as commits
 from cocoa_dist.train import shards
 from cocoa_dist.train.build import build_parts, first_steps
 from cocoa_dist.train.checkpoint import Checkpointer, SaveError
@@ -163,12 +164,32 @@ def slow_the_copy(saves: Saves) -> None:
     shards.HostCopy.take = take
 
 
+def slow_the_commit(saves: Saves) -> None:
+    """Old checkpoints are large: to delete one may take as long as many steps."""
+    seen, checkpointer, engine = saves.seen, saves.checkpointer, saves.engine
+    retire = commits.retire
+    commits.retire = lambda *args, **options: (
+        time.sleep(SLOW_SECONDS),
+        retire(*args, **options),
+    )
+    saves.begin(17)
+    while not checkpointer._pending.committing:
+        checkpointer.poll()
+        time.sleep(0.01)
+    checkpointer.take_numbers()
+    engine.train_step(saves.second.packs, step=4)
+    seen["committing beside the update"] = checkpointer._pending is not None
+    seen["blocked by a commit"] = checkpointer.take_numbers().blocked_seconds
+    saves.settle()
+    commits.retire = retire
+
+
 def main(out: str) -> None:
     quiet_known_warnings()
     torch.set_num_threads(1)
     distributed.start(timeout_seconds=60)
     saves = Saves()
-    for tell in (keep_the_last_ones, fill_the_disk, slow_the_disk, slow_the_copy):
+    for tell in (keep_the_last_ones, fill_the_disk, slow_the_disk, slow_the_copy, slow_the_commit):
         tell(saves)
     Path(out).write_text(json.dumps(saves.seen))
 

@@ -83,6 +83,12 @@ def test_the_optimizer_alone_waits_for_the_copy(seen) -> None:
 
 
 @pytest.mark.slow
+def test_no_step_waits_for_a_commit_and_what_it_deletes(seen) -> None:
+    assert seen["committing beside the update"]
+    assert seen["blocked by a commit"] < SLOW_SECONDS / 4
+
+
+@pytest.mark.slow
 def test_save_that_still_runs_delays_the_next_one_and_is_counted(seen) -> None:
     assert seen["waited"] == 1
     assert seen["after slow saves"] == ["step_00000014", "step_00000015"]

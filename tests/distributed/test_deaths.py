@@ -90,7 +90,7 @@ def test_kill_9_in_the_last_save_of_a_stage(undisturbed, tmp_path) -> None:
 def test_kill_9_while_the_next_stage_takes_over(first_stage, undisturbed, tmp_path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(first_stage, run_dir)
-    Incarnation(run_dir, stage=NEXT_STAGE, moment=Moment("in_hand_over", "1")).die()
+    Incarnation(run_dir, stage=NEXT_STAGE, moment=Moment("in_hand_over", "0")).die()
     Incarnation(run_dir, stage=NEXT_STAGE).finish()
     assert_same_run(run_dir, undisturbed, stages=(STAGE, NEXT_STAGE))
 

@@ -219,7 +219,7 @@ def test_a_shard_that_is_lost_during_training_masks_its_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = write(tmp_path / "odd")
-    monkeypatch.setattr("cocoa_dist.data.loader.EXACT_BOUND_RECORDS", 0)  # nothing read before
+    monkeypatch.setattr("cocoa_dist.data.encoder.EXACT_BOUND_RECORDS", 0)  # nothing read before
     sizes = ShardReader.__init__
 
     def lose_a_shard(self: ShardReader, *arguments: Any, **options: Any) -> None:
@@ -271,7 +271,7 @@ def test_a_store_that_fails_for_a_moment_is_waited_for(
 def test_a_store_that_fails_for_good_masks_and_is_not_waited_for_each_time(
     clean: list[StepBatch], vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cocoa_dist.data.loader.EXACT_BOUND_RECORDS", 0)
+    monkeypatch.setattr("cocoa_dist.data.encoder.EXACT_BOUND_RECORDS", 0)
     monkeypatch.setattr(store, "LOCAL_PAUSES", (0.2, 0.2))
     path = write(tmp_path / "odd")
     monkeypatch.setattr(os, "pread", Failing(lambda call: True))

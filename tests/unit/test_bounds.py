@@ -38,9 +38,12 @@ def one_by_one(columns: IndexColumns, view: str) -> list[tuple[int, int]]:
         begin, end = columns.first_picture[number : number + 2]
         sizes = zip(columns.heights[begin:end], columns.widths[begin:end], strict=True)
         costs = [cost((int(height), int(width))) for height, width in sizes]
-        most = {"pair": 2 * LIMIT, "bridged": 2 * LIMIT}.get(view, LIMIT)
+        most = {"bridged": 2 * LIMIT}.get(view, LIMIT)
         counted = int(columns.num_text_tokens[number])
-        text = most if view == "pair" or counted < 0 else min(counted, most)
+        text = most if counted < 0 else min(counted, most)
+        if view == "pair":
+            side = LIMIT if counted < 0 else counted + counted // 4
+            text = min(side + 3, LIMIT) + min(side, LIMIT)
         tokens = sum(c[0] for c in costs) + text + 2
         found.append((tokens, sum(c[1] for c in costs)))
     return found
@@ -48,7 +51,14 @@ def one_by_one(columns: IndexColumns, view: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("view", ["caption", "bridged", "pair"])
 def test_bounds_of_all_records_are_those_of_each(columns: IndexColumns, view: str) -> None:
-    found = index_bounds(columns, view=view, max_text_tokens=LIMIT, picture_cost=cost)
+    found = index_bounds(
+        columns,
+        view=view,
+        max_text_tokens=LIMIT,
+        picture_cost=cost,
+        joint_every=4,
+        instruction=3,
+    )
     assert list(zip(*(unit.tolist() for unit in found), strict=True)) == one_by_one(columns, view)
 
 

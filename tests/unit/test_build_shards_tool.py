@@ -45,13 +45,17 @@ def test_build_verify_and_inspect(
     assert "39 records" in printed
     assert "1 row left out: 1 text is empty" in printed
     assert "tokens were not counted" not in printed
-    assert json.loads((out / "manifest.json").read_text())["info"] == {
+    info = json.loads((out / "manifest.json").read_text())["info"]
+    assert info.pop("build")
+    assert info == {
         "name": "set",
         "source": "a shelf",
         "licence": "CC0-1.0",
         "layout": "captions",
         "rows": 40,
     }
+    assert run(tool, out, "--layout", "captions", pictures, "--processes", 1, *NAMED) == 0
+    assert "1 shards (1 were there, 0 written)" in capsys.readouterr().out
     assert run(tool, out, "--verify", "--tokenizer", "asset:tokenizer", "--processes", 1) == 0
     assert "39 records and 7 files" in capsys.readouterr().out
     assert run(tool, out, "--inspect", "--html", page) == 0

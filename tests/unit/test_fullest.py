@@ -1,5 +1,6 @@
 """The pack that memory is tried with: full in tokens and patches, fuller than any of the plan."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,10 @@ def test_it_is_full_and_no_pack_of_the_plan_is_fuller(stage, tmp_path) -> None:
     packs = [pack for one in ranks for _ in range(6) for pack in one.next_step().packs]
     assert 0.97 * 320 <= found[0].pack.num_tokens <= 320
     assert found[0].pack.num_tokens >= max(pack.num_tokens for pack in packs)
-    assert most_packs(ranks[0].plan, world_size=2) > 1
+    plan = ranks[0].plan
+    assert most_packs(plan, world_size=2) > 1
+    later = dataclasses.replace(plan, start_step=5)  # a blend that was changed in between
+    assert most_packs(later, world_size=2) > 1
 
 
 def test_records_of_pictures_and_records_of_text_fill_both_budgets(tmp_path) -> None:

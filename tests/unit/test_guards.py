@@ -14,6 +14,7 @@ import torch
 
 from cocoa_dist.config import GradCacheConfig, GuardsConfig
 from cocoa_dist.data.fullest import Fullest
+from cocoa_dist.distributed import Exchange
 from cocoa_dist.runtime import EXIT_HUNG, random_state
 from cocoa_dist.train import preflight
 from cocoa_dist.train.engine import Term, TrainEngine
@@ -291,6 +292,16 @@ def test_a_collective_is_named_with_the_function_that_called_it() -> None:
         "waits for the other ranks in all_reduce, called by sum_over_ranks (distributed.py:2)"
     )
     assert where.describe() == expected
+
+
+def test_a_rank_that_reads_an_exchange_waits_for_the_others() -> None:
+    """Nothing of torch's is on its stack: it waits in C++, and is not to blame."""
+    seen = []
+    exchange = Exchange("text", max_bytes=10)
+    wait = lambda: seen.append(Whereabouts.of(sys._getframe(1)))  # noqa: E731
+    exchange._work = SimpleNamespace(wait=wait)
+    assert exchange.read() == ["text"]
+    assert seen[0].describe().startswith("waits for the other ranks in Exchange.read")
 
 
 def test_a_watchdog_that_is_turned_off_never_fires(tmp_path) -> None:

@@ -426,7 +426,7 @@ def test_lengths_of_a_large_data_set_come_from_its_index(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("cocoa_dist.data.loader.EXACT_BOUND_RECORDS", 0)
+    monkeypatch.setattr("cocoa_dist.data.encoder.EXACT_BOUND_RECORDS", 0)
     monkeypatch.setattr(RecordSource, "record", lambda self, number: pytest.fail("was read"))
     run = config({"a": dataset}, view=view, data={"tokens_per_pack": 400})
     with open_loader(run, vocabulary, tmp_path) as loader:

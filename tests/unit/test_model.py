@@ -1,8 +1,11 @@
 """The packed model against transformers' own, one sample at a time under an explicit mask."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cocoa_dist.config import (
     ContrastiveConfig,
@@ -250,6 +253,55 @@ def test_model_folder_that_lacks_parts_says_which(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="type 'llama', which is not supported"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "folder"])
+def test_bfloat16_is_for_parameters_and_leaves_rotary_frequencies_exact(
+    vocabulary, family, weights
+) -> None:
+    """Rounded, they are off by up to 0.4 %: whole turns for tokens some thousand places on."""
+    if family == "folder":
+        source = {"path": "asset:quickstart_backbone"}
+    else:
+        source = {"random": {**load_recipe("debug").model.random.model_dump(), "family": family}}
+
+    def load(dtype):
+        config = ModelConfig(**source, tokenizer="asset:tokenizer", dtype=dtype)
+        return load_backbone(
+            config,
+            token_ids=special_token_ids(config),
+            vocabulary_size=vocabulary.size,
+            weights=weights,
+        )
+
+    exact, rounded = load("float32"), load("bfloat16")
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    buffers = dict(rounded.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, buffer in exact.named_buffers():
+        torch.testing.assert_close(buffers[name], buffer, rtol=0, atol=0)
+
+
+def test_a_model_folder_without_all_weights_is_refused(vocabulary, tmp_path) -> None:
+    """Transformers would draw them at random and train on."""
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_path("asset:quickstart_backbone"), folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.0.mlp.down_proj.weight"))
+    whole = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})
+
+    def load():
+        config = ModelConfig(path=str(folder))
+        return load_backbone(config, token_ids={}, vocabulary_size=vocabulary.size)
+
+    with pytest.raises(ValueError, match=r"lack 1 parameters .*layers\.0\.mlp\.down_proj\.weight"):
+        load()
+    save_file({**weights, name: whole[:, 1:].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="cannot be read"):
+        load()
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,18 @@ def test_a_new_segment_is_resumed_as_it_is_and_changed_again() -> None:
 def test_other_data_under_an_old_name_has_no_place_to_go_on_from() -> None:
     old = PlanSource("a", 1.0, np.full(50, 10), np.full(50, 0), fingerprint="1" * 64)
     new = PlanSource("a", 1.0, np.full(70, 10), np.full(70, 0), fingerprint="2" * 64)
-    with pytest.raises(ValueError, match=r"source 'a' was other data .* a name of its own"):
+    with pytest.raises(ValueError, match=r"source 'a' had another data .* a name of its own"):
         plan(new).resumed(plan(old).state(5), may_change=True)
+
+
+def test_more_or_fewer_records_of_the_same_data_have_no_place_to_go_on_from() -> None:
+    """Another limit is another permutation: records would come twice, and others never."""
+    state = json.loads(json.dumps(plan(source("a", 50)).state(5)))
+    with pytest.raises(
+        ValueError, match=r"source 'a' had another number of records \(50, now 70\)"
+    ):
+        plan(source("a", 70)).resumed(state, may_change=True)
+    assert plan(source("a", 70)).resumed({**state, "cursors": {}}, may_change=True)  # not begun
 
 
 def test_what_is_left_out_keeps_its_place() -> None:
@@ -289,6 +299,6 @@ def test_a_state_that_is_none_is_refused(state: dict[str, object], message: str)
 
 
 def test_a_step_before_the_segment_is_refused() -> None:
-    after = plan(source(count=60)).resumed(plan().state(5), may_change=True)
+    after = plan(batch_size=20).resumed(plan().state(5), may_change=True)
     with pytest.raises(ValueError, match="step 4, expected one from 5 on"):
         after.step(4, 1)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,28 @@ def test_a_key_that_changes_no_number_is_told_and_goes_on(change, tmp_path, capl
     assert f"changed since checkpoint {tmp_path.name}: {change.partition('=')[0]}: " in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("change", "goes_on"),
+    [
+        (f"{STAGE}.batch_size=12", True),
+        (f"{STAGE}.data.sources.emoji.weight=2.0", True),
+        (f"{STAGE}.data.sources.more={{path: asset:emoji/validation}}", True),
+        ("data.left_out=unused.jsonl", True),
+        ("data.shuffle.block_records=32", False),  # in the middle of a pass: twice, and never
+        (f"{STAGE}.optimizer.learning_rate=0.5", False),
+    ],
+)
+def test_a_recipe_that_goes_on_with_other_data_changes_nothing_else(
+    change, goes_on, tmp_path
+) -> None:
+    new = load_recipe("debug", [change, "data.on_change=continue"])
+    if goes_on:
+        refuse_other_recipe(found(tmp_path), new)
+        return
+    with pytest.raises(ValueError, match="other settings"):
+        refuse_other_recipe(found(tmp_path), new)
+
+
 def test_every_group_of_keys_is_on_one_of_the_lists() -> None:
     """A new key of the recipe has to be sorted here before it can be forgotten."""
 
@@ -125,12 +148,17 @@ def test_stages_in_another_order_are_another_recipe() -> None:
 
 
 def test_a_base_model_is_known_by_the_bytes_of_its_weights(tmp_path) -> None:
-    for name in ("model-1.safetensors", "model-2.safetensors", "config.json"):
+    settings = {"rope_theta": 1e4, "transformers_version": "5.1"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for name in ("model-1.safetensors", "model-2.safetensors"):
         (tmp_path / name).write_bytes(name.encode())
     config = load_recipe("debug", ["model.random=null", f"model.path={tmp_path}"])
     before = base_model_digest(config)
-    (tmp_path / "config.json").write_text("other")
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"transformers_version": "6.0"}))
     assert base_model_digest(config) == before
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"rope_theta": 1e6}))
+    assert base_model_digest(config) != before
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "model-2.safetensors").write_bytes(b"model-3.safetensors")
     assert base_model_digest(config) != before
 

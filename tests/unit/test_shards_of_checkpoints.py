@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,3 +164,28 @@ def test_files_are_dealt_evenly_and_each_once() -> None:
     assert sorted(index for lane in lanes for index in lane) == list(range(len(sizes)))
     loads = [sum(sizes[index] for index in lane) for lane in lanes]
     assert max(loads) - min(loads) <= 1
+
+
+def test_a_copy_runs_on_the_gpu_that_trains_whatever_thread_it_is_in(monkeypatch) -> None:
+    """A new thread's own GPU is the first: a stream there would be waited for in vain."""
+    made = []
+
+    class Stream:
+        def __init__(self, device=None) -> None:
+            made.append(self)
+            self.device, self.calls = device, []
+
+        def wait_event(self, event) -> None:
+            self.calls.append(("after", event))
+
+        def synchronize(self) -> None:
+            self.calls.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    ready = SimpleNamespace(device=torch.device("cuda", 3))
+    live = shards.LiveState({"weight/a": torch.ones(3)}, {}, ready)
+    shards.HostCopy().take(live)
+    (stream,) = made
+    assert stream.device == torch.device("cuda", 3)
+    assert stream.calls == [("after", ready), "waited"]

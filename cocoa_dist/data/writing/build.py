@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_dist.data.records import Record
-from cocoa_dist.data.shard_format import BUILD_FOLDER, ENERGON_FOLDER, DatasetInfo, file_names
+from cocoa_dist.data.shard_format import (
+    BUILD_FOLDER,
+    ENERGON_FOLDER,
+    MANIFEST_NAME,
+    REJECTED_LIST,
+    DatasetInfo,
+    dataset_info,
+    file_names,
+    read_manifest,
+    remove_build,
+)
 from cocoa_dist.data.writing.dataset import (
     check_batching,
     clear_leftovers,
@@ -91,9 +101,10 @@ def build_dataset(
 ) -> BuildReport:
     """Write the records of a source into the folder `destination`, or go on where a build was.
 
-    `info` goes into the manifest: name, source, licence. Raises ValueError for a folder that is in
-    use or not ours to write, another build's shards in it, a duplicate key, a damaged source file,
-    too many rejected rows, and a full disk. In a script it must stand below
+    `info` goes into the manifest: name, source, licence; `build`, a hash of source and settings, is
+    added. A data set that was built from the same is left as it is. Raises ValueError for a folder
+    that is in use or not ours to write, another build's shards in it, a duplicate key, a damaged
+    source file, too many rejected rows, and a full disk. In a script it must stand below
     `if __name__ == "__main__"`, as writer processes import the script.
     """
     options = options or BuildOptions()
@@ -101,10 +112,14 @@ def build_dataset(
     if not len(source):
         raise ValueError(f"{destination}: the source has no rows, expected at least one")
     _check_folder(destination)
+    job = _job(source, destination, options)
+    info = {**info, "build": _plan_hash(job)}
+    there = _built_before(destination, info["build"], began=began)
+    if there is not None:
+        return there
     with _named_if_full(destination):
         prepare_folder(destination)
         with _only_builder(destination):
-            job = _job(source, destination, options)
             _check_plan(job, restart=options.restart)
             progress = _Progress(job, options.max_rejected, on_progress)
             progress.keep_whole_shards()
@@ -203,7 +218,7 @@ def _check_folder(destination: Path) -> None:
         return
     if not destination.is_dir():
         raise ValueError(f"{destination} is a file, expected a folder, or a name that is free")
-    ours = {*file_names(destination), "index", ENERGON_FOLDER, BUILD_FOLDER, "manifest.json"}
+    ours = {*file_names(destination), "index", ENERGON_FOLDER, BUILD_FOLDER, MANIFEST_NAME}
     found = sorted(path.name for path in destination.iterdir() if not path.name.startswith("."))
     others = [name for name in found if name not in ours]
     if others:
@@ -280,15 +295,52 @@ def _shard_records(count: int, mean_bytes: float, *, batch: int) -> int:
     return batch * max(1, -(-fitting // batch))
 
 
-def _check_plan(job: Job, *, restart: bool) -> None:
-    """Note what is being built, and refuse the shards of another build."""
-    content = {
+def _plan(job: Job) -> dict[str, Any]:
+    """Return all that decides what comes out."""
+    return {
         "rows": len(job.source),
         "source": hashlib.sha256(json.dumps(job.source.stamp).encode()).hexdigest(),
         "records_per_batch": job.records_per_batch,
         "records_per_shard": job.records_per_shard,
         "tokenizer": job.count_tokens.sha256 if job.count_tokens else "",
     }
+
+
+def _plan_hash(job: Job) -> str:
+    return hashlib.sha256(json.dumps(_plan(job)).encode()).hexdigest()[:16]
+
+
+def _built_before(destination: Path, plan_hash: str, *, began: float) -> BuildReport | None:
+    """Return the report of a data set that is there and was built from the same."""
+    if not (destination / MANIFEST_NAME).is_file():
+        return None
+    found = dataset_info(read_manifest(destination))
+    if found.info.get("build") != plan_hash:
+        return None
+    remove_build(destination)  # a builder that was killed at the very end left it
+    reasons = rejected_kinds(destination)
+    return BuildReport(
+        info=found,
+        kept_shards=found.num_shards,
+        rejected=sum(reasons.values()),
+        reasons=reasons,
+        seconds=time.monotonic() - began,
+    )
+
+
+def rejected_kinds(destination: Path) -> dict[str, int]:
+    """Return how many rows of the source became no record, by kind of reason."""
+    kinds: Counter[str] = Counter()
+    file = destination / REJECTED_LIST
+    if file.is_file():
+        with file.open("rb") as lines:
+            kinds.update(reason_kind(json.loads(line)["reason"]) for line in lines)
+    return dict(kinds.most_common())
+
+
+def _check_plan(job: Job, *, restart: bool) -> None:
+    """Note what is being built, and refuse the shards of another build."""
+    content = _plan(job)
     file = job.folder / BUILD_FOLDER / _PLAN_NAME
     try:
         found = json.loads(file.read_bytes())

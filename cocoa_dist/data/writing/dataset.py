@@ -105,8 +105,8 @@ def prepare_folder(destination: Path) -> None:
     """Make the folders of a data set. Raises ValueError if there is one, or they cannot be made."""
     if (destination / MANIFEST_NAME).exists():
         raise ValueError(
-            f"{destination} already holds a data set; write to another folder, or remove this one "
-            "first (shards.remove_dataset)"
+            f"{destination} already holds a data set, of other files or settings; write to another "
+            "folder, or remove this one first (shards.remove_dataset)"
         )
     try:
         for name in (".", "index", ENERGON_FOLDER, BUILD_FOLDER):

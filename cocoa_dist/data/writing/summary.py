@@ -1,6 +1,5 @@
 """What is in a data set, in numbers and in a few examples; nothing is printed here."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_dist.data.bounds import IndexColumns
 from cocoa_dist.data.images import decode_image, picture_format
 from cocoa_dist.data.records import Record, Side, side_texts
-from cocoa_dist.data.shard_format import BUILD_FOLDER, REJECTED_LIST, DatasetInfo
+from cocoa_dist.data.shard_format import BUILD_FOLDER, UNREADABLE, DatasetInfo
 from cocoa_dist.data.shards import ShardReader
-from cocoa_dist.data.writing.build import reason_kind
+from cocoa_dist.data.writing.build import rejected_kinds
 
 SAMPLE_RECORDS = 2000  # read for what the index does not say, spread evenly
 _NUM_BINS = 12
@@ -92,21 +92,20 @@ def summarise(path: Path | str, *, num_examples: int = 48) -> Summary:
         sources[str(meta.get("source") or "not stated")] += 1
         if number in shown:
             examples.append(_example(number, record, reader))
-    sizes = [size for number in range(len(reader)) for size in reader.image_sizes(number)]
-    height_width = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    columns = reader.index_columns(0, len(reader), counted=True)
     reader.close()
     return Summary(
         path=str(path),
         info=reader.info,
-        pictures=len(sizes),
-        unreadable_pictures=int((height_width[:, 0] == 0).sum()),
-        histograms=_histograms(reader, height_width),
+        pictures=len(columns.heights),
+        unreadable_pictures=int((columns.heights == UNREADABLE).sum()),
+        histograms=_histograms(columns),
         sampled=tasks.total(),
         tasks=dict(tasks.most_common()),
         formats=dict(formats.most_common()),
         licences=dict(licences.most_common()),
         sources=dict(sources.most_common()),
-        rejected=_rejected(Path(path)),
+        rejected=rejected_kinds(Path(path)),
         examples=tuple(examples),
     )
 
@@ -141,19 +140,20 @@ def _cut(text: str) -> str:
     return text if len(text) <= _TEXT_LENGTH else text[: _TEXT_LENGTH - 3] + "..."
 
 
-def _histograms(reader: ShardReader, height_width: NDArray[np.int64]) -> tuple[Histogram, ...]:
+def _histograms(columns: IndexColumns) -> tuple[Histogram, ...]:
     made = []
-    if (reader.num_text_tokens >= 0).any():
+    if (columns.num_text_tokens >= 0).any():
         made.append(
-            histogram(reader.num_text_tokens, title="Text of the largest sample", unit="tokens")
+            histogram(columns.num_text_tokens, title="Text of the largest sample", unit="tokens")
         )
-    readable = height_width[height_width[:, 0] > 0]
-    if len(readable):
-        longer = readable.max(axis=1)
+    readable = columns.heights > UNREADABLE
+    if readable.any():
+        heights, widths = columns.heights[readable], columns.widths[readable]
+        longer = np.maximum(heights, widths)
         made.append(histogram(longer, title="Longer side of pictures", unit="pixels"))
-        ratio = longer / readable.min(axis=1)
+        ratio = longer / np.minimum(heights, widths)
         made.append(histogram(ratio, title="Longer by shorter side", unit="ratio"))
-    counts = np.array([len(reader.image_sizes(n)) for n in range(len(reader))])
+    counts = np.diff(columns.first_picture)
     made.append(histogram(counts, title="Pictures of a record", unit="pictures"))
     return tuple(made)
 
@@ -181,12 +181,3 @@ def histogram(values: NDArray[np.generic], *, title: str, unit: str) -> Histogra
         mean=float(numbers.mean()),
         largest=high,
     )
-
-
-def _rejected(path: Path) -> dict[str, int]:
-    kinds: Counter[str] = Counter()
-    file = path / REJECTED_LIST
-    if file.is_file():
-        with file.open("rb") as lines:
-            kinds.update(reason_kind(json.loads(line)["reason"]) for line in lines)
-    return dict(kinds.most_common())

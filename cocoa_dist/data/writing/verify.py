@@ -4,7 +4,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,7 @@ def _counter(
 def _check_all(
     reader: ShardReader, counter: TokenCounter | None, processes: int
 ) -> Iterator[_Found]:
-    ranges = _shard_ranges(reader)
+    ranges = reader.shard_ranges()
     if processes == 1 or len(ranges) == 1:
         for start, stop in ranges:
             yield _check_records(reader, counter, start, stop)
@@ -113,16 +112,6 @@ def _check_all(
         ]
         for future in as_completed(waiting):
             yield future.result()
-
-
-def _shard_ranges(reader: ShardReader) -> list[tuple[int, int]]:
-    """Return first record and end of each shard."""
-    numbers = groupby(range(len(reader)), key=lambda number: reader.location(number).shard)
-    ranges = []
-    for _, inside in numbers:
-        listed = list(inside)
-        ranges.append((listed[0], listed[-1] + 1))
-    return ranges
 
 
 def _check_records(
