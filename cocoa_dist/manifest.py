@@ -73,6 +73,14 @@ class ManifestError(ValueError):
     """A checkpoint that cannot be used; the message says what was found and what was expected."""
 
 
+class DamagedEndError(ManifestError):
+    """The checkpoint at a stage's end is not what was written."""
+
+    def __init__(self, text: str, *, folder: Path) -> None:
+        super().__init__(text)
+        self.folder = folder
+
+
 def step_folder(run_dir: Path, *, stage: str, step: int) -> Path:
     """Return where the checkpoint of (stage, step) lives."""
     return run_dir / "checkpoints" / stage / f"step_{step:08d}"
@@ -163,18 +171,29 @@ def stage_end(
 ) -> tuple[Path, Manifest]:
     """Return the complete checkpoint of a stage, every file checked, or `only` those of a name.
 
-    Raises ManifestError if the stage is not finished or its end is not whole.
+    Raises ManifestError if the stage is not finished, DamagedEndError if its end is not whole.
     """
     for folder, found in checkpoints(run_dir, stage=stage):
         if isinstance(found, Manifest) and found.complete:
             fault = find_fault(folder, found, only=only)
             if fault is None:
                 return folder, found
-            raise ManifestError(
+            raise DamagedEndError(
                 f"the end of stage '{stage}' is not whole: {folder}: {fault}; remove that folder "
-                "and the stage goes on from the checkpoint before it"
+                "and the stage goes on from the checkpoint before it",
+                folder=folder,
             )
     raise ManifestError(f"stage '{stage}' has no complete checkpoint in {run_dir}")
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a checkpoint out of a run without removing it; return where it lies then."""
+    away = folder.with_name(f"damaged-{folder.name}")
+    while away.exists():
+        away = away.with_name(f"{away.name}.older")
+    os.rename(folder, away)
+    fsync_folder(folder.parent)
+    return away
 
 
 def sha256_file(path: Path) -> str:

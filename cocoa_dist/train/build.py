@@ -83,7 +83,8 @@ def build_parts(
     parent = None
     if stage.init_from != FROM_MODEL:
         run_dir = _required(run_dir, init_from=stage.init_from)
-        end, _ = manifest.stage_end(run_dir, stage=stage.init_from, only=(WEIGHTS_NAME,))
+        read = (WEIGHTS_NAME,) if weights else ()  # what is not read is not checked either
+        end, _ = manifest.stage_end(run_dir, stage=stage.init_from, only=read)
         parent = str(end.relative_to(run_dir))
         if weights:
             load_weights(model, end / WEIGHTS_NAME)

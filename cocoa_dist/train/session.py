@@ -12,7 +12,7 @@ import torch
 from cocoa_dist import distributed
 from cocoa_dist.config import RunConfig, dump_yaml, fingerprint
 from cocoa_dist.data.loader import StageLoader
-from cocoa_dist.manifest import Manifest
+from cocoa_dist.manifest import DamagedEndError, Manifest, set_aside
 from cocoa_dist.monitor import Monitor
 from cocoa_dist.runtime import (
     Fence,
@@ -130,7 +130,7 @@ def _build(config: RunConfig, stage_name: str, *, run_dir: Path, found: Found) -
     needed = found.manifest is None or frozen  # else the checkpoint has all of them
     weights = needed and distributed.rank() == 0
     parts = distributed.raise_together(
-        lambda: build_parts(config, stage_name, run_dir=run_dir, weights=weights)
+        lambda: _build_here(config, stage_name, run_dir=run_dir, weights=weights)
     )
     named = parts.model.named_parameters()
     described = [(name, p.shape, str(p.dtype), p.requires_grad) for name, p in named]
@@ -143,6 +143,25 @@ def _build(config: RunConfig, stage_name: str, *, run_dir: Path, found: Found) -
             "library, the same on all nodes?"
         )
     return parts
+
+
+def _build_here(config: RunConfig, stage_name: str, *, run_dir: Path, weights: bool) -> StageParts:
+    """Build on this rank; a damaged parent is set aside where a launcher can train it again."""
+    try:
+        return build_parts(config, stage_name, run_dir=run_dir, weights=weights)
+    except DamagedEndError as error:
+        fence = Fence(run_dir)
+        if not fence.epoch:
+            raise
+        fence.check()
+        away = set_aside(error.folder)
+        raise DamagedParentError(
+            f"{error} - this one is kept as {away.name}, and the launcher goes back to that stage"
+        ) from error
+
+
+class DamagedParentError(RuntimeError):
+    """A stage could not begin; the one before it has to be finished again, by the launcher."""
 
 
 def _unlike_rank_zero(digest: str) -> list[int]:

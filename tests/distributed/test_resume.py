@@ -213,6 +213,24 @@ def cut_to_middle(reference: Path, run_dir: Path) -> list[Path]:
 
 
 @pytest.mark.slow
+def test_damaged_end_of_a_stage_is_kept_and_made_again(undisturbed, tmp_path) -> None:
+    """The next stage cannot begin on it; nobody has to be called for that."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "contrastive")
+    end = step_folders(run_dir, stage="eos_bridged_reconstruction")[0]
+    weights = end / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    out = finish(run_dir) + logs(run_dir)
+    assert f"kept as damaged-{end.name}, and the launcher goes back to that stage" in out
+    kept = end.with_name(f"damaged-{end.name}") / "weights.safetensors"
+    assert kept.read_bytes() == bytes(content)
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
 def test_checkpoint_without_manifest_is_passed_over_by_name(undisturbed, tmp_path) -> None:
     run_dir = tmp_path / "run"
     broken, _ = cut_to_middle(undisturbed, run_dir)
