@@ -1,4 +1,4 @@
-"""The command line: run, status, stop, plan; submit, render and list for SLURM."""
+"""The command line: run, status, top, stop, plan; submit, render and list for SLURM."""
 
 import argparse
 import difflib
@@ -25,7 +25,10 @@ examples:
   python -m launcher run my.yaml stages.contrastive.steps=50 seed=1 --run-dir runs/short --nproc 1
       a recipe of your own, with other values
   python -m launcher status runs/first
-      where it is, how often it was restarted, how long it will take; --json for scripts
+      where it is, how often it was restarted, how long it will take; --json for scripts,
+      --watch to look on
+  python -m launcher top runs
+      all runs below a folder, those that need somebody first
   python -m launcher stop runs/first
       save and stop for good, until the STOP file in the folder is removed
   python -m launcher plan cocoa_qwen2_vl_2b --gpus 8 --gpu h200
@@ -40,7 +43,8 @@ exit codes of run: 0 done or stopped; 2 something to change in what was given; 9
 SLURM job 75 to be queued again, 76 another start of the job has taken over;
 anything else is a fault of the launcher itself.
 """
-_COMMANDS = ("run", "status", "stop", "plan", *JOB_COMMANDS)
+_COMMANDS = ("run", "status", "top", "stop", "plan", *JOB_COMMANDS)
+_FILE_COLUMNS = 200  # of a table that goes to a file or a pipe
 _WITH_OVERRIDES = ("run", "plan", "submit", "render")
 
 
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
             return _run(options, trainer=trainer)
         if options.command == "status":
             return _status(options)
+        if options.command == "top":
+            return _top(options)
         if options.command == "plan":
             return _plan(options)
         if options.command in JOB_COMMANDS:
@@ -97,7 +103,29 @@ def _plan(options: argparse.Namespace) -> int:
         return _fail(str(error), code=USAGE_CODE)
 
 
+def _top(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from launcher.top import top
+
+    console = Console() if sys.stdout.isatty() else Console(width=_FILE_COLUMNS)
+    top(options.folder, console, every=options.every, once=options.once)
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from launcher.live import watch
+
+    console = Console() if sys.stdout.isatty() else Console(width=_FILE_COLUMNS)
+    watch(options.run_dir, console, every=options.every)
+    return 0
+
+
 def _status(options: argparse.Namespace) -> int:
+    if options.watch:
+        return _watch(options)
     from launcher.slurm.explain import job_status
     from launcher.status import read_status
 
@@ -204,7 +232,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--until", metavar="STAGE", help="leave after this stage")
     status = commands.add_parser("status", help="how a run stands", allow_abbrev=False)
     status.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
-    status.add_argument("--json", action="store_true", help="one JSON object, for scripts")
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object, for scripts")
+    form.add_argument("--watch", action="store_true", help="look on until it is over, or Ctrl-C")
+    top = commands.add_parser("top", help="look on at all runs below a folder", allow_abbrev=False)
+    top.add_argument("folder", type=Path, metavar="DIR", nargs="?", default=Path())
+    top.add_argument("--once", action="store_true", help="show them once and leave")
+    for command, seconds in ((status, 1.0), (top, 5.0)):
+        command.add_argument(
+            "--every",
+            type=_seconds,
+            default=seconds,
+            metavar="SECONDS",
+            help="between two looks (default: %(default)s)",
+        )
     stop = commands.add_parser("stop", help="save and stop a run for good", allow_abbrev=False)
     stop.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
     plan.add_arguments(
@@ -219,6 +260,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_job_commands(commands)
     return parser
+
+
+def _seconds(text: str) -> float:
+    """Read the seconds between two looks."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"'{text}': expected seconds from 0.1 to 3600, as in 2.5")
+    return value
 
 
 def _user() -> str:

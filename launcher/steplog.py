@@ -25,6 +25,8 @@ class StepRecord:
     time: float  # seconds since 1970, at the end of the step
     step_seconds: float
     loss: float | None
+    samples: int = 0  # of all ranks
+    tokens: int = 0  # of all ranks
 
 
 def newest_first(run_dir: Path) -> Iterator[StepRecord]:
@@ -47,6 +49,8 @@ def parse(line: bytes) -> StepRecord | None:
             time=float(fields.get("time") or 0.0),
             step_seconds=float(fields.get("step_seconds") or 0.0),
             loss=None if loss is None else float(loss),
+            samples=int(fields.get("samples") or 0),
+            tokens=int(fields.get("tokens") or 0),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -11,7 +11,7 @@ from launcher.runfolder import RESOLVED_NAME, stop_note, timestamp
 from launcher.slurm.explain import JobStatus
 from launcher.status import Status
 
-_STYLES = {
+STATE_STYLES = {
     "done": "green",
     "running": "green",
     "stalled": "bold red",
@@ -30,7 +30,7 @@ def show_status(
 
 def _facts(status: Status, *, run_dir: Path, job: JobStatus | None) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
-    state = Text(status.state, style=_STYLES.get(status.state, ""))
+    state = Text(status.state, style=STATE_STYLES.get(status.state, ""))
     grid.add_row("run", Text(f"{status.run} (recipe {status.recipe})"))
     grid.add_row("state", state)
     if job is not None:

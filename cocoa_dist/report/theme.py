@@ -178,7 +178,8 @@ footer p { max-width: 90ch; }
 _GROUPS = 9
 STYLE += "".join(
     f".key i.g{n}, .share .g{n}, .strip .g{n}, .causes .g{n} {{ background: var(--g{n}); }} "
-    f".space line.g{n}, .space .ring.g{n} {{ stroke: var(--g{n}); }} .space circle.g{n}:not(.ring) {{ fill: var(--g{n}); }}\n"
+    f".space line.g{n}, .space .ring.g{n} {{ stroke: var(--g{n}); }} "
+    f".space circle.g{n}:not(.ring) {{ fill: var(--g{n}); }}\n"
     for n in range(_GROUPS)
 )
 NUM_GROUPS = _GROUPS

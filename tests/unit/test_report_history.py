@@ -115,7 +115,8 @@ def test_the_history_of_a_run_is_read_from_its_folder(run: RunFacts) -> None:
         (140.0, K.CHECKPOINT),
     ]
     assert found.stretches == [Stretch(STAGE, 110.0, 140.0)]
-    assert found.throughput == {STAGE: [(1.0, 200.0), (2.0, 400.0)]}
+    assert found.throughput[STAGE] == [(1.0, 200.0), (2.0, 400.0)]
+    assert found.throughput["joint_reconstruction"] == []
 
 
 def test_a_launcher_that_cannot_say_costs_the_bar_and_not_the_page(tmp_path: Path, caplog) -> None:
