@@ -4,6 +4,8 @@
 #   tools/test.sh                      everything: what CI runs
 #   tools/test.sh --fast               the checks and the quick unit tests
 #   tools/test.sh --fast -k attention  ... those of one subject
+# Tests that need SLURM, Prometheus or shellcheck are skipped, with the reason, where these are not
+# installed. As root on Debian, COCOA_TEST_PACKAGES=1 installs them first; CI does.
 # Every check runs even when an earlier one failed; the exit code is 0 only if all passed. The
 # failed checks are listed before the tests, so that pytest's own closing line comes last.
 set -euo pipefail
@@ -20,6 +22,30 @@ fi
 
 # shellcheck source=tools/setup_env.sh
 . tools/setup_env.sh
+
+# What the tests of tests/slurm and of Prometheus start; a failure leaves them skipped.
+install_packages() {
+    local log packages=(
+        slurmctld slurmd slurm-client munge iproute2 util-linux
+        prometheus prometheus-alertmanager shellcheck
+    )
+    if ((EUID)) || ! command -v apt-get >/dev/null; then
+        printf 'skipped %-14s needs root and apt-get\n' packages
+        return
+    fi
+    log=$(mktemp)
+    if { timeout 300 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 600 \
+        apt-get -qq install --no-install-recommends "${packages[@]}"; } >"$log" 2>&1 </dev/null; then
+        printf 'ok      %-14s %s\n' packages "${packages[*]}"
+    else
+        printf 'skipped %-14s apt-get failed: %s\n' packages "$(tail -n 1 "$log")"
+    fi
+    rm -f -- "$log"
+}
+
+if [[ ${COCOA_TEST_PACKAGES:-0} == 1 && ${#tests[@]} -eq 0 ]]; then
+    install_packages
+fi
 
 failed=()
 
