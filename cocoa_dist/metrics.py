@@ -8,15 +8,15 @@ the rules in ops/ are checked against it, and exporter.py refuses any other name
 
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from cocoa_dist.manifest import write_atomic
+from cocoa_dist.metric_kinds import Kind as Kind
+from cocoa_dist.metric_kinds import Metric as Metric
+from cocoa_dist.metric_kinds import Source as Source
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -84,42 +84,6 @@ def cut_back(path: Path, *, stage: str, step: int) -> int:
             kept.append(json.dumps(record))
     write_atomic(path, "".join(line + "\n" for line in kept).encode())
     return dropped
-
-
-class Kind(StrEnum):
-    """What a metric is to Prometheus."""
-
-    COUNTER = "counter"  # only grows while its process lives; `rate()` makes sense
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-
-
-class Source(StrEnum):
-    """Who exports a metric: what all ranks would say alike is said once, by rank 0."""
-
-    EVERY_RANK = "every rank"
-    RANK_0 = "rank 0"
-    LAUNCHER = "launcher"
-    EVERYBODY = "every rank and the launcher"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The declaration of one metric."""
-
-    name: str
-    kind: Kind
-    help: str
-    unit: str
-    source: Source
-    labels: Mapping[str, int] = field(default_factory=dict)  # name: most values it may take
-    buckets: tuple[float, ...] = ()  # of a histogram: upper bounds, without infinity
-    record: str | None = None  # the field of metrics.jsonl that it is taken from
-
-    @property
-    def most_series(self) -> int:
-        """Return how many series one process exports of it at most."""
-        return math.prod(self.labels.values()) * (len(self.buckets) + 3 if self.buckets else 1)
 
 
 PHASES = ("start", "restore", "train", "checkpoint", "evaluation")
@@ -324,6 +288,55 @@ _RANK_0 = (
         "robust standard deviations",
         "How far the loss lies above the median of the steps before.",
         record="loss_deviations",
+    ),
+    _gauge(
+        "cocoa_train_token_accuracy_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of the tokens asked for that the model guesses right; reconstruction only.",
+        record="token_accuracy",
+    ),
+    _gauge(
+        "cocoa_train_asked_token_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of all tokens of text that are asked for, as drawn; reconstruction only.",
+        record="asked_token_ratio",
+    ),
+    _gauge(
+        "cocoa_train_hidden_patch_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of all visual tokens that are hidden, as drawn; reconstruction only.",
+        record="hidden_patch_ratio",
+    ),
+    _gauge(
+        "cocoa_train_alignment",
+        Source.RANK_0,
+        "squared distance",
+        "Mean squared distance of a query to its target, of unit vectors; contrastive only.",
+        record="alignment",
+    ),
+    _gauge(
+        "cocoa_train_uniformity",
+        Source.RANK_0,
+        "nats",
+        "Log of the mean of exp(-2 squared distance) over targets; 0 is a collapse; contrastive.",
+        record="uniformity",
+    ),
+    _gauge(
+        "cocoa_train_effective_rank",
+        Source.RANK_0,
+        "dimensions",
+        "Dimensions in which the targets really differ; 1 is a collapse; contrastive only.",
+        record="effective_rank",
+    ),
+    _gauge(
+        "cocoa_train_false_negative_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of candidates that show the same thing as the target and are left out; contrastive.",
+        record="false_negative_ratio",
     ),
     _counter(
         "cocoa_train_loss_spikes_total",

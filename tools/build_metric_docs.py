@@ -21,7 +21,8 @@ carry the labels `run_id`, `stage`, `rank`, `node`, `slurm_job_id` and an `insta
 same over restarts. A run of 1,024 ranks has at most {series:,} series in Prometheus.
 
 `ops/prometheus/` holds an example configuration, rules with their tests, and an example for
-Alertmanager; [operators.md](operators.md) says what to do when an alert comes.
+Alertmanager, `ops/grafana/` dashboards that show every metric; [operators.md](operators.md) says
+what to do when an alert comes.
 """
 _TITLES = {
     Source.EVERY_RANK: "Every rank",

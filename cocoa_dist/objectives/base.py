@@ -16,12 +16,46 @@ from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.model.heads import HeadsConfig
 
 
+class Measures:
+    """Sums for the record that are no part of a loss: kept where they were made until asked for.
+
+    They ride on the step's reduction, so a measure is a quotient of sums over all ranks.
+    """
+
+    def __init__(self, *names: str) -> None:
+        """`names`, in the order of `take`; the same on all ranks."""
+        self.names = names
+        self._sums: dict[str, Tensor] = {}
+        self._host = dict.fromkeys(names, 0.0)
+
+    def add(self, **sums: Tensor | float) -> None:
+        """Add scalars; nothing waits for a device here."""
+        for name, value in sums.items():
+            if not isinstance(value, Tensor):
+                self._host[name] += value
+                continue
+            known = self._sums.get(name)
+            value = value.detach().double()
+            self._sums[name] = value if known is None else known + value
+
+    def take(self) -> list[float]:
+        """Return the sums since the last call, 0 for what was not added; waits for the device."""
+        sums, found = self._sums, self._host
+        self._sums, self._host = {}, dict.fromkeys(self.names, 0.0)
+        if sums:
+            values = torch.stack(list(sums.values())).tolist()
+            for name, value in zip(sums, values, strict=True):
+                found[name] += value
+        return list(found.values())
+
+
 class Objective(Protocol):
     """What a stage minimises: sum over terms of weight x global sum / global count."""
 
     heads: HeadsConfig  # what it reads from the model
     weights: Mapping[str, float]  # term -> weight in the total
     step_wide: bool  # True: needs the embeddings of all packs of a step at once
+    measures: Measures  # filled by `sums`
 
     def counts(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
         """Return what each term is divided by, for these packs of this rank."""
@@ -31,6 +65,13 @@ class Objective(Protocol):
         self, outputs: Sequence[ModelOutput], packs: Sequence[PackedBatch]
     ) -> dict[str, Tensor]:
         """Return the sum of each term over these packs of this rank; scalars with gradient."""
+        ...
+
+    def health(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Return what the record says of learning, from the measures of all ranks.
+
+        Of what nothing was measured it says nothing.
+        """
         ...
 
 

@@ -5,6 +5,7 @@ no negatives and leave the denominator. Records that could not be used count nei
 nor as candidates.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from cocoa_dist.batch import PackedBatch
 from cocoa_dist.distributed import all_gather_with_grad, gather_rows, rank
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.model.heads import HeadsConfig
+from cocoa_dist.objectives.base import Measures
 
 QUERY, TARGET = 0, 1
 
@@ -41,6 +43,9 @@ class Contrastive:
         self, *, temperature: float, symmetric: bool = False, mask_false_negatives: bool = True
     ) -> None:
         """`symmetric` adds the same term from target to query."""
+        self.measures = Measures(
+            *("distances", "pairs", "closeness", "couples", "squares", "left_out")
+        )
         self.temperature = temperature
         self.directions = 2 if symmetric else 1
         self.mask_false_negatives = mask_false_negatives
@@ -65,7 +70,45 @@ class Contrastive:
             total = total + self._direction(
                 pairs.target_BD, both[:, 0], hidden_BN, own_B, pairs.weight_B
             )
+        self._measure(pairs, both[:, 1], weight_N, own_B, hidden_BN)
         return {"contrastive": total}
+
+    @torch.no_grad()
+    def _measure(
+        self, pairs: Pairs, target_ND: Tensor, weight_N: Tensor, own_B: Tensor, hidden_BN: Tensor
+    ) -> None:
+        """Add up how the unit vectors of usable pairs lie to each other."""
+        target_BD, weight_B = pairs.target_BD.detach(), pairs.weight_B
+        cosine_BN = target_BD @ target_ND.detach().T
+        weight_BN = weight_B[:, None] * weight_N[None, :]
+        other_BN = weight_BN.scatter(1, own_B[:, None], 0.0)
+        distance_B = (pairs.query_BD.detach() - target_BD).square().sum(dim=1)
+        self.measures.add(
+            distances=(distance_B * weight_B).sum(),
+            pairs=weight_B.sum(),
+            closeness=((4.0 * cosine_BN - 4.0).exp() * other_BN).sum(),
+            couples=other_BN.sum(),
+            squares=(cosine_BN.square() * weight_BN).sum(),
+            left_out=(hidden_BN * other_BN).sum(),
+        )
+
+    def health(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Give alignment, uniformity, effective rank of the targets, share of false negatives.
+
+        Alignment and uniformity: arXiv 2005.10242, alpha = 2 and t = 2; over unit vectors.
+        Effective rank: (tr C)^2 / tr C^2 of the targets' second moments C, 1 when all are alike and
+        the number of dimensions when all are used alike.
+        """
+        health = {}
+        if measured["pairs"]:
+            health["alignment"] = measured["distances"] / measured["pairs"]
+        if measured["squares"]:
+            health["effective_rank"] = measured["pairs"] ** 2 / measured["squares"]
+        if measured["couples"]:
+            health["false_negative_ratio"] = measured["left_out"] / measured["couples"]
+            if measured["closeness"] > 0:
+                health["uniformity"] = math.log(measured["closeness"] / measured["couples"])
+        return health
 
     def _hidden(
         self, identity_B: Tensor, identity_N: Tensor, weight_N: Tensor, own_B: Tensor

@@ -6,12 +6,14 @@ next-token training alike: which rows are supervised is the data's business.
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.model.heads import HeadsConfig
+from cocoa_dist.objectives.base import Measures
 
 
 class Reconstruction:
@@ -21,6 +23,7 @@ class Reconstruction:
 
     def __init__(self, *, image_weight: float = 0.0, patch_values: int = 0) -> None:
         """`patch_values` C' > 0 turns the image term on, weighted by `image_weight`."""
+        self.measures = Measures("right", "asked", "texts", "hidden", "visual")
         self.heads = HeadsConfig(text_logits=True, patch_values=patch_values)
         self.weights: Mapping[str, float] = {"text": 1.0}
         if patch_values:
@@ -41,7 +44,34 @@ class Reconstruction:
         if "image" in self.weights:
             errors = [_image_sum(o, p) for o, p in zip(outputs, packs, strict=True)]
             sums["image"] = _total(errors)
+        for output, pack in zip(outputs, packs, strict=True):
+            self._measure(output, pack)
         return sums
+
+    @torch.no_grad()
+    def _measure(self, output: ModelOutput, pack: PackedBatch) -> None:
+        """Count tokens that were asked for, those guessed right, and hidden visual tokens."""
+        assert output.logits_SV is not None
+        self.measures.add(
+            right=(output.logits_SV.argmax(dim=-1) == pack.labels).sum(),
+            asked=len(pack.labels),
+            texts=len(pack.input_ids) - len(pack.image_rows),
+            hidden=len(pack.patch_rows),
+            visual=len(pack.image_rows),
+        )
+
+    def health(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Give the shares of tokens asked for, guessed right, and of visual tokens hidden."""
+        shares = {
+            "token_accuracy": ("right", "asked"),
+            "asked_token_ratio": ("asked", "texts"),
+            "hidden_patch_ratio": ("hidden", "visual"),
+        }
+        return {
+            name: measured[part] / measured[whole]
+            for name, (part, whole) in shares.items()
+            if measured[whole]
+        }
 
 
 def _text_sum(output: ModelOutput, pack: PackedBatch) -> Tensor:

@@ -42,6 +42,7 @@ class StepStats:
     parts: Mapping[str, float]  # term -> mean over its global count
     grad_norm: float
     learning_rate: float
+    health: Mapping[str, float]  # what the objective measured beside its loss
     extras: tuple[float, ...]  # the caller's numbers, summed over ranks
     skipped: str  # what was not finite, "loss" or "gradient": no weight moved; else ""
     finite_here: bool  # this rank's own part of the loss
@@ -113,10 +114,15 @@ class TrainEngine:
         rate = learning_rate_at(step, self.optimizer_config, total_steps=self.total_steps)
         for group in self._parameter_groups():
             group["lr"] = rate
+        measures = self.objective.measures
+        measures.take()  # what a trial before this step has left
         terms = self.accumulate(packs)
-        local = [*(term.local_sum for term in terms.values()), *extras]
+        measured = measures.take()
+        local = [*(term.local_sum for term in terms.values()), *measured, *extras]
         summed = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).tolist()
         parts = {n: s / t.count for (n, t), s in zip(terms.items(), summed, strict=False)}
+        first_extra = len(parts) + len(measured)
+        sums = dict(zip(measures.names, summed[len(parts) : first_extra], strict=True))
         loss = sum(self.objective.weights[name] * part for name, part in parts.items())
         self.before_update()
         skipped = self._apply() if math.isfinite(loss) else self._leave_out()
@@ -127,7 +133,8 @@ class TrainEngine:
             skipped=skipped,
             finite_here=all(math.isfinite(term.local_sum) for term in terms.values()),
             learning_rate=rate,
-            extras=tuple(summed[len(parts) :]),
+            health=self.objective.health(sums),
+            extras=tuple(summed[first_extra:]),
         )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:

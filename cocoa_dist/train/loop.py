@@ -315,6 +315,7 @@ class StageRun:
             "time": time.time(),
             "loss": _finite(stats.loss),
             **{f"loss/{name}": _finite(value) for name, value in stats.parts.items()},
+            **{name: _finite(value) for name, value in stats.health.items()},
             "grad_norm": None if stats.skipped else _finite(stats.grad_norm),
             "learning_rate": stats.learning_rate,
             "samples": round(shared.samples),

@@ -225,8 +225,9 @@ def test_ten_runs_take_half_a_second_and_no_torch(tmp_path: Path, monkeypatch) -
         found.extend(looking.communicate(timeout=60))
         assert looking.returncode == 0, found
 
-    assert min(cpu_of(look), cpu_of(look)) < 0.5 * 1.5  # alone 0.35; others may heat the caches
-    assert found[0].count("a 0/10") == 10
+    # CPU seconds: the wall clock of a busy machine proves nothing
+    assert min(cpu_of(look), cpu_of(look)) < 0.5
+    assert found[0].count("a 0/10") == 10  # no incarnation holds what it logged
 
 
 def test_those_that_need_somebody_come_first(tmp_path: Path, monkeypatch) -> None:
