@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,31 @@ def test_show_batch_goes_on_from_a_checkpoint(show_batch, tmp_path, capsys):
     assert later.batch.digest in said
 
 
+BLEND = [
+    *("stages.contrastive.batch_size=12", "stages.contrastive.data.sources.more.limit=32"),
+    "stages.contrastive.data.sources.more.path=asset:emoji/validation",
+]
+
+
+def test_show_batch_shows_what_a_changed_blend_goes_on_with(show_batch, tmp_path, capsys):
+    old, changed = load_recipe("debug"), load_recipe("debug", [*BLEND, "data.on_change=continue"])
+    state = state_before(old, step=4)
+    seen = {number for step in (1, 2, 3) for number in records_of(old, step=step)}
+    unfinished = manifest_of("contrastive", 3, cpu=1.0, complete=False)
+    write_manifest(tmp_path, unfinished.model_copy(update={"data_state": state}))
+    arguments = ["debug", *BLEND, "--stage", "contrastive", "--manifest", str(tmp_path)]
+    assert show_batch.main(arguments) == 2
+    assert "data.on_change" in capsys.readouterr().err
+    arguments.insert(1, "data.on_change=continue")
+    assert show_batch.main(arguments) == 0
+    expected = show_batch.load_step(changed, "contrastive", step=4, state=state).batch
+    assert expected.digest in capsys.readouterr().out
+    assert len(expected.record_ids) == 12
+    assert len(seen) == 64  # a pass of the old source, and 8 of the next
+    fresh = show_batch.load_step(changed, "contrastive", step=4).batch
+    assert (fresh.dataset, fresh.record_ids) != (expected.dataset, expected.record_ids)
+
+
 def test_show_batch_refuses_a_checkpoint_of_other_data(show_batch, tmp_path, capsys):
     state = {**state_before(load_recipe("debug"), step=4), "plan_hash": "another"}
     unfinished = manifest_of("contrastive", 3, cpu=1.0, complete=False)
@@ -281,6 +307,17 @@ def test_show_batch_names_the_stages_there_are(show_batch, capsys):
 
 def state_before(config, *, step: int):
     """The data state that a checkpoint after step - 1 of the contrastive stage holds."""
+    with contrastive_loader(config, step=step) as loader:
+        return loader.state(step)
+
+
+def records_of(config, *, step: int) -> tuple[int, ...]:
+    with contrastive_loader(config, step=step) as loader:
+        return loader.plan.step(step, 1).record_ids
+
+
+@contextmanager
+def contrastive_loader(config, *, step: int):
     import tempfile
 
     from cocoa_dist.data.loader import StageLoader
@@ -298,6 +335,5 @@ def state_before(config, *, step: int):
             start_step=step,
             folder=Path(folder),
         )
-        state = loader.state(step)
+        yield loader
         loader.close()
-    return state
