@@ -20,6 +20,8 @@ from cocoa_dist.data.samples import Vocabulary
 
 STEPS = 6
 
+pytestmark = pytest.mark.slow  # each starts worker processes, several times
+
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
