@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -74,11 +77,13 @@ class ManifestError(ValueError):
 
 
 class DamagedEndError(ManifestError):
-    """The checkpoint at a stage's end is not what was written."""
+    """The checkpoint at a stage's end is not what was written; `what` says so without a remedy."""
 
-    def __init__(self, text: str, *, folder: Path) -> None:
-        super().__init__(text)
-        self.folder = folder
+    def __init__(self, what: str, *, folder: Path) -> None:
+        super().__init__(
+            f"{what}; remove that folder and the stage goes on from the checkpoint before it"
+        )
+        self.what, self.folder = what, folder
 
 
 def step_folder(run_dir: Path, *, stage: str, step: int) -> Path:
@@ -95,12 +100,18 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` that no other writer has, on any machine that sees the folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears as `path`, whole and durable, only if the block succeeds."""
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -108,6 +119,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step: a reader sees the old file or the new one."""
+    with durable_file(path) as file:
+        file.write(data)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -179,18 +196,16 @@ def stage_end(
             if fault is None:
                 return folder, found
             raise DamagedEndError(
-                f"the end of stage '{stage}' is not whole: {folder}: {fault}; remove that folder "
-                "and the stage goes on from the checkpoint before it",
-                folder=folder,
+                f"the end of stage '{stage}' is not whole: {folder}: {fault}", folder=folder
             )
     raise ManifestError(f"stage '{stage}' has no complete checkpoint in {run_dir}")
 
 
 def set_aside(folder: Path) -> Path:
     """Take a checkpoint out of a run without removing it; return where it lies then."""
-    away = folder.with_name(f"damaged-{folder.name}")
-    while away.exists():
-        away = away.with_name(f"{away.name}.older")
+    first = folder.with_name(f"damaged-{folder.name}")
+    more = (first.with_name(f"{first.name}.{number}") for number in count(2))
+    away = next(place for place in chain([first], more) if not place.exists())
     os.rename(folder, away)
     fsync_folder(folder.parent)
     return away

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_dist.manifest import write_atomic
+from cocoa_dist.manifest import temporary_name, write_atomic
 
 log = logging.getLogger("cocoa_dist.data")
 
@@ -99,7 +99,7 @@ def _make(
     file: Path, note: Path, *, count: int, part: Callable[[int, int], tuple[Ints, Ints]]
 ) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = temporary_name(file)
     try:
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(2, count))
         largest, most = [0, 0], [-1, -1]

@@ -25,7 +25,7 @@ from cocoa_dist.runtime import StopRequest, stop_file_present
 from cocoa_dist.train.checkpoint import Checkpointer
 from cocoa_dist.train.engine import StepStats, TrainEngine
 from cocoa_dist.train.guards import SpikeDetector, check_skips, name_records, recent_losses
-from cocoa_dist.train.preflight import preflight
+from cocoa_dist.train.preflight import Trial, preflight
 from cocoa_dist.train.watchdog import TIMEOUT_SHARE, Watchdog
 
 log = logging.getLogger("cocoa_dist.train")
@@ -157,14 +157,18 @@ class StageRun:
 
     def _preflight(self) -> None:
         self.watchdog.beat("pre-flight")
+        trial = None
+        if not self.progress.step:  # a stage that goes on has run its packs
+            size = world_size()
+            trial = Trial(
+                partial(fullest_pack, self.loader, world_size=size),
+                packs_a_step=most_packs(self.loader.plan, world_size=size),
+            )
         preflight(
             self.engine,
             run_dir=self.run_dir,
             keep_last=self.config.checkpoint.keep_last,
-            fullest=None
-            if self.progress.step
-            else partial(fullest_pack, self.loader, world_size=world_size()),
-            packs_a_step=most_packs(self.loader.plan, world_size=world_size()),
+            trial=trial,
         )
 
     def _steps(self) -> StageEnd:

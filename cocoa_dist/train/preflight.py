@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,19 +31,19 @@ _GIB = 2**30
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def preflight(
-    engine: TrainEngine,
-    *,
-    run_dir: Path,
-    keep_last: int,
-    fullest: Callable[[Collection[int]], Fullest | None] | None,
-    packs_a_step: int = 1,
-) -> None:
+@dataclass(frozen=True)
+class Trial:
+    """What a stage's memory is tried with."""
+
+    fullest: Callable[[Collection[int]], Fullest | None]  # the fullest pack without some records
+    packs_a_step: int  # of a rank, at most
+
+
+def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Trial | None) -> None:
     """Try everything; rank 0 logs what it took. Collective: call on all ranks.
 
-    `fullest` makes the fullest pack without some records; it is None where a stage goes on: its
-    packs have been tried. Raises ValueError on all ranks, naming what failed with numbers and what
-    to change.
+    `trial` is None where a stage goes on: its packs have been tried. Raises ValueError on all
+    ranks, naming what failed with numbers and what to change.
     """
     begin = time.monotonic()
     check_collective()
@@ -50,9 +51,9 @@ def preflight(
     raise_together(lambda: check_write(run_dir))
     raise_together(lambda: check_disk(run_dir, needed=needed, keep_last=keep_last))
     parts = ["collective", "checkpoint write", f"room for {needed / _GIB:.2f} GiB"]
-    if fullest is not None:
-        held = packs_held(engine, packs_a_step)
-        pack = check_fullest_pack(engine, fullest, held=held)
+    if trial is not None:
+        held = packs_held(engine, trial.packs_a_step)
+        pack = check_fullest_pack(engine, trial.fullest, held=held)
         times = f"{held} times " if held > 1 else ""
         size = f"{pack.num_tokens} tokens, {len(pack.pixel_values)} patches"
         parts.append(f"{times}a pack of {size}")

@@ -156,7 +156,7 @@ def _build_here(config: RunConfig, stage_name: str, *, run_dir: Path, weights: b
         fence.check()
         away = set_aside(error.folder)
         raise DamagedParentError(
-            f"{error} - this one is kept as {away.name}, and the launcher goes back to that stage"
+            f"{error.what}; it is kept as {away.name}, and the launcher goes back to that stage"
         ) from error
 
 

@@ -1,13 +1,11 @@
 """Every expression of every dashboard, asked of a real Prometheus that scrapes a real run."""
 
 import math
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_live_prometheus import Prometheus, end, launch, wait
+from live_prometheus import Prometheus, end, launch, wait
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from dashboard_board import expressions
@@ -21,16 +19,6 @@ MAY_BE_NAN = (
     "cocoa_train_effective_rank",
     "cocoa_train_false_negative_ratio",
 )
-
-
-@pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
-    for name in ("prometheus", "prometheus-alertmanager"):
-        if shutil.which(name) is None:
-            pytest.skip(f"{name} is not installed (apt-get install {name})")
-    server = Prometheus(tmp_path, targets=tmp_path / "targets")
-    yield server
-    server.stop()
 
 
 def has_data(prometheus: Prometheus, expression: str) -> bool:

@@ -35,12 +35,11 @@ from cocoa_dist.data.writing.shard_file import (
     CountTokens,
     DuplicateKeyError,
     Part,
-    durable_file,
     open_part,
     write_shard,
 )
 from cocoa_dist.data.writing.source import Source
-from cocoa_dist.manifest import sha256_file, write_atomic
+from cocoa_dist.manifest import durable_file, sha256_file, write_atomic
 
 ENERGON_VERSION = "7.4.1"  # whose metadata format this is
 _KEY_ADVICE = "keys must be unique in a data set"

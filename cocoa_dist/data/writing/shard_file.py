@@ -28,7 +28,7 @@ from cocoa_dist.data.shard_format import (
     shard_name,
 )
 from cocoa_dist.data.writing.source import Rejected
-from cocoa_dist.manifest import fsync_folder, sha256_file
+from cocoa_dist.manifest import durable_file, fsync_folder, sha256_file
 
 CountTokens = Callable[[str], int]
 
@@ -149,22 +149,6 @@ def open_part(folder: Path, shard: int) -> Iterator[pa.Table]:
     """Map the table of a part; its columns are valid inside the block only."""
     with pa.memory_map(str(part_file(folder, shard))) as file:
         yield pa.ipc.open_file(file).read_all()
-
-
-@contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears as `path`, whole and durable, only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 class _PartBuilder:
