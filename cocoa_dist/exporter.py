@@ -139,7 +139,7 @@ class Values:
         if fault is None:
             return True
         if self._strict:
-            raise ValueError(f"metric '{name}': {fault}; declare it in cocoa_dist/metrics.py")
+            raise ValueError(f"metric '{name}': {fault}; declare it in cocoa_dist/registry/")
         if name not in self._told:
             self._told.add(name)
             log.warning("metric '%s' is not exported: %s", name, fault)

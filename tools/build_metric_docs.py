@@ -1,4 +1,4 @@
-"""Write docs/metrics.md from the registry in cocoa_dist/metrics.py.
+"""Write docs/metrics.md from the registry in cocoa_dist/registry/.
 
 python tools/build_metric_docs.py            write the file
 python tools/build_metric_docs.py --check    exit 1 if it is not what the registry says
@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 _HEAD = """\
 # Metrics
 
-Made by `python tools/build_metric_docs.py` from the registry in `cocoa_dist/metrics.py`; change it
+Made by `python tools/build_metric_docs.py` from the registry in `cocoa_dist/registry/`; change it
 there. Every rank and the launcher serve `/metrics` on a free port and write a target file for
 Prometheus' `file_sd` into `sd/` of the run folder (`metrics.targets` names another folder). Targets
 carry the labels `run_id`, `stage`, `rank`, `node`, `slurm_job_id` and an `instance` that stays the

@@ -1,9 +1,10 @@
-"""What the declaration of a metric is; the metrics themselves are declared in metrics.py."""
+"""What the declaration of a metric is; the metrics themselves are declared beside this module."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Kind(StrEnum):
@@ -40,3 +41,18 @@ class Metric:
     def most_series(self) -> int:
         """Return how many series one process exports of it at most."""
         return math.prod(self.labels.values()) * (len(self.buckets) + 3 if self.buckets else 1)
+
+
+def counter(name: str, source: Source, unit: str, text: str, **more: Any) -> Metric:
+    """Declare what only grows; its name ends in `_total`."""
+    return Metric(name, Kind.COUNTER, text, unit, source, **more)
+
+
+def gauge(name: str, source: Source, unit: str, text: str, **more: Any) -> Metric:
+    """Declare what goes up and down."""
+    return Metric(name, Kind.GAUGE, text, unit, source, **more)
+
+
+def histogram(name: str, source: Source, unit: str, text: str, **more: Any) -> Metric:
+    """Declare a distribution; `buckets` has the upper bounds."""
+    return Metric(name, Kind.HISTOGRAM, text, unit, source, **more)
