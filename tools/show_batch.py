@@ -194,7 +194,7 @@ def load_step(
         assignment = loader.plan.step(step, 1)
         batch = loader.next_step()
         loader.close()
-    reader = ShardReader(resolve_path(config.stages[stage].data.sources[batch.dataset].path))
+    reader = ShardReader(resolve_path(config.stages[stage].data.blend[batch.dataset].path))
     maker = _RowMaker(config, stage, batch.dataset, reader, vocabulary, geometry)
     rows = maker.rows(assignment.ranks[0][0])
     reader.close()

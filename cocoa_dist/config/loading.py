@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from cocoa_dist.config.errors import ConfigError, explain, nearest
+from cocoa_dist.config.metadataset import read_metadataset
 from cocoa_dist.config.schema import RunConfig
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
@@ -40,7 +41,10 @@ _FREE_KEYS = (
 )
 # What a new segment of the plan takes up. Not data.shuffle: another order in the middle of a pass
 # would repeat records and lose others.
-_ORDER_KEY = re.compile(r"data\.left_out|stages\.[^.]+\.(batch_size|data\.sources\..*)")
+_ORDER_KEY = re.compile(
+    r"data\.left_out|stages\.[^.]+\.(batch_size|data\.(sources|metadataset)(\..*)?)"
+)
+_FREE_KEY = re.compile(r"stages\.[^.]+\.data\.metadataset\.path")  # what it says counts
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -51,6 +55,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read_with_parents(recipe_path(name_or_path), seen=())
     for override in overrides:
         _apply_override(tree, override)
+    _read_metadatasets(tree)
     return parse_config(tree, source=name_or_path)
 
 
@@ -152,8 +157,26 @@ def resolve_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _read_metadatasets(tree: dict[str, Any]) -> None:
+    """Put in place of every stage's metadataset, where it is a path, what the file says now.
+
+    The resolved recipe has the parts: ranks, and later starts of a run, go by them.
+    """
+    for name, stage in tree.get("stages", {}).items():
+        data = stage.get("data") if isinstance(stage, dict) else None
+        if not isinstance(data, dict) or not isinstance(data.get("metadataset"), str):
+            continue
+        path = resolve_path(data["metadataset"]).absolute()
+        try:
+            parts = read_metadataset(path)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{name}.data.metadataset: {error}") from None
+        stage["data"] = {**data, "metadataset": {"path": str(path), "parts": parts}}
+
+
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
+    named = any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
+    return named or _FREE_KEY.fullmatch(key) is not None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 What a field may be is checked here, once; unknown fields are errors.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 FROM_MODEL = "model"  # `init_from` of a stage that starts from the base model
 
@@ -190,15 +191,66 @@ class SourceConfig(_Strict):
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     limit: Positive | None = None  # use the first records only
 
+    def num_records(self, available: int) -> int:
+        """Return how many of its records are used."""
+        return min(available, self.limit or available)
+
+    def weight_of(self, num_records: int) -> float:
+        """Return its weight beside the others'."""
+        return self.weight
+
+
+class BlendPartConfig(SourceConfig):
+    """One data set of a metadataset, as it was found there."""
+
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of its first records, or of `limit`
+    repetitions: Annotated[float, Field(gt=0.0)] | None = None  # of blend_epochized
+
+    def num_records(self, available: int) -> int:
+        """Return how many of its records are used; rounded down as energon does."""
+        return int(super().num_records(available) * self.share)
+
+    def weight_of(self, num_records: int) -> float:
+        """Return its weight; that of blend_epochized is in records."""
+        return self.weight if self.repetitions is None else self.repetitions * num_records
+
+
+class MetadatasetConfig(_Strict):
+    """A blend of energon's, and what it said when the recipe was loaded."""
+
+    path: str  # a YAML file; a recipe gives it alone
+    parts: Annotated[dict[str, BlendPartConfig], Field(min_length=1)]
+
 
 class StageDataConfig(_Strict):
     """Which records a stage sees and how a record becomes a sample."""
 
-    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    sources: dict[str, SourceConfig] = {}
+    metadataset: MetadatasetConfig | None = None  # instead of sources: a blend as energon has it
     view: Literal["caption", "bridged", "language", "pair"]
     keywords: Literal["sample", "all", "none"] = "sample"
     image_share: Ratio = 1.0  # share of samples with a picture (`language`, `bridged`)
     instruction: str = ""  # in front of the query of a pair
+
+    @property
+    def blend(self) -> Mapping[str, SourceConfig]:
+        """The data sets by name, from wherever they were given."""
+        return self.sources if self.metadataset is None else self.metadataset.parts
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _one_blend(self) -> "StageDataConfig":
+        if bool(self.sources) == (self.metadataset is not None):
+            found = "both" if self.sources else "none"
+            raise ValueError(
+                f"give exactly one of `sources` and `metadataset`, found {found}; "
+                "`sources=null` takes those of a recipe away"
+            )
+        return self
 
 
 class OptimizerConfig(_Strict):

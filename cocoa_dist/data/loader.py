@@ -5,7 +5,6 @@ so is the state: a resume needs the next step alone. That is also how the loader
 its worker processes dies: all are started again at the step that is due.
 """
 
-# No `from __future__ import annotations`: energon reads ArrowDatasetFactory's at run time.
 import hashlib
 import logging
 import pickle
@@ -17,74 +16,35 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from megatron.energon import (
-    CrudeSample,
     DefaultTaskEncoder,
     SavableDataset,
     WorkerConfig,
     get_savable_loader,
     get_train_dataset,
 )
-from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.base_dataset import BaseCoreDatasetFactory
 
 from cocoa_dist.batch import StepBatch
-from cocoa_dist.config import RunConfig, StageConfig, resolve_path
+from cocoa_dist.config import RunConfig
+from cocoa_dist.data.blend import blend_file, check_parts, loaded_name
 from cocoa_dist.data.encoder import StepEncoder
+from cocoa_dist.data.energon_leaf import ArrowDatasetFactory
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.order import PlanSource, StepPlan, check_world_size
 from cocoa_dist.data.record_source import RecordSource, read_left_out
 from cocoa_dist.data.samples import Vocabulary
-from cocoa_dist.data.shards import ShardReader
 from cocoa_dist.data.shuffle import Shuffle
-from cocoa_dist.data.store import absolute
 from cocoa_dist.data.workers import end_at_once, first_death, unwatch, watched
-from cocoa_dist.manifest import write_atomic
 
 MAX_DEATHS_IN_A_ROW = 5  # of workers, without a step between them: then it is not chance
 log = logging.getLogger("cocoa_dist.data")
 _ENDLESS = 10**9  # steps, or seconds: never
 _COLLECT_EVERY_STEPS = 10  # garbage collection in a worker process
 _WATCHDOG_SECONDS = 60.0  # a worker that takes longer over a step writes its stack to the log
-_SOURCE_KEY = "source"  # name of a source, among energon's subflavors
 # What waiting for a batch raises if the worker that made it is gone: torch, its queue, its sockets.
 _BROKEN = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
 _DEATH_SECONDS = 2.0  # from the first sign of it until the kernel says so
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class ArrowDatasetFactory(BaseCoreDatasetFactory[CrudeSample]):  # type: ignore[misc]
-    """The leaf that `.nv-meta/dataset.yaml` names: one data set of Arrow shards.
-
-    energon type-checks every annotated parameter as if it came from YAML, so the objects that it
-    passes besides (a worker configuration, a decoder) are taken without annotation, and not used.
-    """
-
-    __sample_type__ = CrudeSample
-
-    def __init__(  # type: ignore[no-untyped-def]  # noqa: ANN204
-        self,
-        path: EPath,
-        *,
-        subflavors: dict[str, Any] | None = None,
-        **_injected,  # noqa: ANN003
-    ):
-        self.path = path
-        self.paths = [path]
-        self.subflavors = dict(subflavors or {})
-        self.reader = ShardReader(str(path))
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def build(self, worker_rotation_offset: int = 0) -> SavableDataset[CrudeSample]:
-        """Refuse: the order of records is the plan's, which PlanTaskEncoder sets up."""
-        raise NotImplementedError(f"{self.path}: read it with StageLoader or ShardReader")
-
-    def as_file_store(self) -> Any:
-        """Refuse, as build does."""
-        return self.build()
 
 
 class PlanDataset(SavableDataset[StepBatch]):  # type: ignore[misc]
@@ -175,9 +135,10 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
         start_step: int,
         state: Mapping[str, Any] | None,
         folder: Path,
+        blend: Path,
     ) -> None:
         super().__init__()
-        self._folder = folder
+        self._folder, self._blend = folder, blend
         self._run = config
         self._encoder = encoder
         self._start_step = start_step
@@ -189,19 +150,21 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
         """Build the plan over the loaded data sets; energon calls this."""
         sources: dict[str, RecordSource] = {}
         planned: list[PlanSource] = []
-        configured = self._encoder.stage.data.sources
+        data = self._encoder.stage.data
+        if data.metadataset is not None and self._blend == Path(data.metadataset.path):
+            check_parts(data.metadataset, datasets)
         left_out = read_left_out(self._run.data.left_out)
         for loaded in datasets:
             factory: ArrowDatasetFactory = loaded.dataset
-            name = str(factory.subflavors[_SOURCE_KEY])
-            count = min(len(factory), configured[name].limit or len(factory))
+            name = loaded_name(loaded)
+            count = data.blend[name].num_records(len(factory))
             unused = left_out.get(name, frozenset())
             sources[name] = RecordSource(name, factory.reader, count, left_out=unused)
             bounds = self._encoder.bounds(sources[name], folder=self._folder)
             planned.append(
                 PlanSource(
                     name=name,
-                    weight=configured[name].weight,
+                    weight=data.blend[name].weight_of(count),
                     tokens=bounds.tokens,
                     patches=bounds.patches,
                     largest=bounds.largest,
@@ -235,7 +198,7 @@ class StageLoader:
 
     Raises ValueError at once for a data set that is missing or damaged, for a batch that the ranks
     cannot share, and for a `state` of a checkpoint that this recipe does not go on from. `folder`
-    receives `<stage>.yaml`, the blend as energon reads it.
+    receives `<stage>.yaml`, the blend as energon can read it.
     """
 
     def __init__(
@@ -262,8 +225,9 @@ class StageLoader:
             geometry=geometry,
             num_nodes=num_nodes,
         )
+        blend = blend_file(stage.data, stage_name, folder)
         dataset = get_train_dataset(
-            str(_write_metadataset(stage, stage_name, folder)),
+            str(blend),
             worker_config=WorkerConfig(
                 rank=rank, world_size=world_size, num_workers=config.data.num_workers
             ),
@@ -276,6 +240,7 @@ class StageLoader:
                 start_step=start_step,
                 state=state,
                 folder=folder,
+                blend=blend,
             ),
         )
         self._dataset = cast(PlanDataset, dataset)
@@ -375,19 +340,4 @@ def _digest(numbers: frozenset[int]) -> str:
     return hashlib.blake2b(str(sorted(numbers)).encode(), digest_size=16).hexdigest()
 
 
-def _write_metadataset(stage: StageConfig, stage_name: str, folder: Path) -> Path:
-    """Write the stage's blend in energon's format; every rank writes the same bytes."""
-    blend = []
-    for name, source in stage.data.sources.items():
-        path = absolute(resolve_path(source.path))
-        ShardReader(path)  # names what is missing; energon would only say "invalid dataset"
-        blend.append({"path": path, "weight": source.weight, "subflavors": {_SOURCE_KEY: name}})
-    content = {
-        "__module__": "megatron.energon",
-        "__class__": "MetadatasetV2",
-        "splits": {"train": {"blend": blend}},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{stage_name}.yaml"
-    write_atomic(file, yaml.safe_dump(content, sort_keys=False).encode())
-    return file
+__all__ = ["ArrowDatasetFactory", "PlanDataset", "PlanTaskEncoder", "StageLoader"]

@@ -208,7 +208,7 @@ def card_info(run: RunFacts, *, scores: Sequence[Mapping[str, str | float]]) -> 
     """Return what the model card says of a run."""
     config = run.config
     sources = dict.fromkeys(
-        source.path for stage in config.stages.values() for source in stage.data.sources.values()
+        source.path for stage in config.stages.values() for source in stage.data.blend.values()
     )
     return CardInfo(
         name=config.name,

@@ -270,7 +270,7 @@ def _footer(content: Content) -> str:
     sources = [
         source.path
         for config in content.run.config.stages.values()
-        for source in config.data.sources.values()
+        for source in config.data.blend.values()
     ]
     sources += [source.path for source in content.run.config.evaluation.sets.values()]
     if any(path.startswith("asset:emoji") for path in sources):

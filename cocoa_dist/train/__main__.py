@@ -102,7 +102,7 @@ def _check_inputs(config: RunConfig) -> int:
     tokenizer_folder(config.model)
     mechanics = read_ds_config(config.engine.ds_config)
     build_ds_config(mechanics, max_grad_norm=1.0, dtype=config.model.dtype)
-    sources = [source for stage in config.stages.values() for source in stage.data.sources.values()]
+    sources = [source for stage in config.stages.values() for source in stage.data.blend.values()]
     for path in sorted({s.path for s in [*sources, *config.evaluation.sets.values()]}):
         ShardReader(resolve_path(path)).close()
     return 0

@@ -18,7 +18,7 @@ def input_paths(config: RunConfig) -> list[Path]:
 
     Those in an object store are left to the loaders.
     """
-    sources = [source for stage in config.stages.values() for source in stage.data.sources.values()]
+    sources = [source for stage in config.stages.values() for source in stage.data.blend.values()]
     names = {source.path for source in [*sources, *config.evaluation.sets.values()]}
     names |= {name for name in (config.model.path, config.model.tokenizer) if name is not None}
     return [resolve_path(name) for name in sorted(names) if not is_remote(name)]
