@@ -4,6 +4,7 @@ Samples lie end to end, nothing is padded. Rows that carry a loss are listed, so
 runs on a row nobody reads. Built by `data/packing.py`; read by `model/` and `objectives/`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -154,10 +155,10 @@ class StepBatch:
     """One rank's part of one optimizer step: the same number of packs on every rank."""
 
     step: int  # 1 for the first optimizer step of a stage
-    dataset: str  # the source all records of the step come from
+    datasets: tuple[str, ...]  # the source of each record; one and the same without task blocks
     record_ids: tuple[int, ...]  # of the whole step, over all ranks, in plan order
     record_keys: tuple[str, ...]  # of this rank's part
-    digest: str  # hash of dataset, pass and record ids: equal on every world size
+    digest: str  # hash of data sets, passes and record ids: equal on every world size
     packs: tuple[PackedBatch, ...]
     num_samples: int  # real samples in this rank's packs
     num_tokens: int
@@ -165,6 +166,16 @@ class StepBatch:
     num_truncated: int  # texts that were cut
     bad_records: tuple[BadRecord, ...]  # of this rank's part
     cpu_seconds: float  # CPU time it took to make, where a worker process made it
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, or of all that the step has, in the order they begin in."""
+        return " + ".join(dict.fromkeys(self.datasets))
+
+    @property
+    def blocks(self) -> list[tuple[str, int]]:
+        """Data sets in plan order, each with the number of records that follow each other."""
+        return [(name, len(list(group))) for name, group in itertools.groupby(self.datasets)]
 
 
 def _part_to(part: Any, device: torch.device | str) -> Any:

@@ -23,7 +23,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,6 +66,7 @@ class Row:
     sample: "Sample"
     start: int
     key: str
+    dataset: str
     image_sizes: tuple[tuple[int, int], ...]  # of the record's pictures, height and width
 
     @property
@@ -194,10 +195,12 @@ def load_step(
         assignment = loader.plan.step(step, 1)
         batch = loader.next_step()
         loader.close()
-    reader = ShardReader(resolve_path(config.stages[stage].data.blend[batch.dataset].path))
-    maker = _RowMaker(config, stage, batch.dataset, reader, vocabulary, geometry)
-    rows = maker.rows(assignment.ranks[0][0])
-    reader.close()
+    blend = config.stages[stage].data.blend
+    readers = {name: ShardReader(resolve_path(blend[name].path)) for name in set(batch.datasets)}
+    maker = _RowMaker(config, stage, readers, vocabulary, geometry)
+    rows = maker.rows(assignment.ranks[0][0], assignment.datasets)
+    for reader in readers.values():
+        reader.close()
     _check_rows(rows, batch.packs[0], mask=vocabulary.mask)
     tokenizer = Tokenizer.from_file(str(tokenizer_folder(config.model) / "tokenizer.json"))
     return Shown(config, stage, batch, rows, vocabulary, tokenizer)
@@ -210,35 +213,37 @@ class _RowMaker:
         self,
         config: RunConfig,
         stage: str,
-        dataset: str,
-        reader: "ShardReader",
+        readers: Mapping[str, "ShardReader"],
         vocabulary: "Vocabulary",
         geometry: "ImageGeometry",
     ) -> None:
         from cocoa_dist.data.samples import view_settings
 
         self._view = config.stages[stage].data.view
-        self._seed, self._stream = config.seed, f"{stage}/{dataset}"
-        self._reader, self._vocabulary = reader, vocabulary
+        self._seed, self._stage = config.seed, stage
+        self._readers, self._vocabulary = readers, vocabulary
         self._settings = view_settings(
             config.data, geometry=geometry, stage=config.stages[stage].data, training=True
         )
 
-    def rows(self, slots: Sequence["Slot"]) -> tuple[Row, ...]:
-        """Return the samples in the order of the pack."""
+    def rows(self, slots: Sequence["Slot"], datasets: Sequence[str]) -> tuple[Row, ...]:
+        """Return the samples in the order of the pack; `datasets` are of the step's positions."""
         rows: list[Row] = []
         for slot in slots:
-            key, sizes = self._reader.key(slot.record), self._reader.image_sizes(slot.record)
-            for sample in self._samples(slot):
-                rows.append(Row(sample, rows[-1].stop if rows else 0, key, sizes))
+            name = datasets[slot.position]
+            reader = self._readers[name]
+            key, sizes = reader.key(slot.record), reader.image_sizes(slot.record)
+            for sample in self._samples(slot, name):
+                rows.append(Row(sample, rows[-1].stop if rows else 0, key, name, sizes))
         return tuple(rows)
 
-    def _samples(self, slot: "Slot") -> tuple["Sample", ...]:
+    def _samples(self, slot: "Slot", dataset: str) -> tuple["Sample", ...]:
         from cocoa_dist.data.samples import draw_for, fillers, view_samples
 
-        draw = draw_for(self._seed, self._stream, slot.passes, slot.record)
+        stream = f"{self._stage}/{dataset}"
+        draw = draw_for(self._seed, stream, slot.passes, slot.record)
         try:
-            record = self._reader.record(slot.record)
+            record = self._readers[dataset].record(slot.record)
         except ValueError:
             return fillers(self._view, self._vocabulary)
         return view_samples(
@@ -260,7 +265,7 @@ def describe(shown: Shown, *, num_samples: int) -> list[str]:
     attention = shown.config.stages[shown.stage].attention
     lines = [
         f"{shown.config.name}, stage {shown.stage}, step {batch.step}",
-        f"  records   {len(batch.record_ids)} of '{batch.dataset}', digest {batch.digest}",
+        f"  records   {_origin(batch)}, digest {batch.digest}",
         f"  packs     {len(batch.packs)}, {batch.num_samples} samples, {batch.num_tokens} tokens",
         f"  fill      {100 * batch.fill_ratio:.1f} % of {shown.config.data.tokens_per_pack} a pack",
         f"  texts cut {batch.num_truncated}",
@@ -275,6 +280,14 @@ def describe(shown: Shown, *, num_samples: int) -> list[str]:
     return lines
 
 
+def _origin(batch: "StepBatch") -> str:
+    """Say which data sets the records come from; by block where there are several."""
+    if len(set(batch.datasets)) == 1:
+        return f"{len(batch.record_ids)} of '{batch.dataset}'"
+    blocks = ", ".join(f"{count} of '{name}'" for name, count in batch.blocks)
+    return f"{len(batch.record_ids)} ({blocks})"
+
+
 def _sample_lines(shown: Shown, row: Row, number: int) -> list[str]:
     pack = shown.pack
     ids = pack.input_ids[row.start : row.stop].tolist()
@@ -284,7 +297,8 @@ def _sample_lines(shown: Shown, row: Row, number: int) -> list[str]:
         if row.start <= at < row.stop
     ]
     patches = int(((pack.patch_rows >= row.start) & (pack.patch_rows < row.stop)).sum())
-    names = f"record {row.key}" + (" (could not be used)" if row.sample.is_filler else "")
+    of = f" of '{row.dataset}'" if len(set(shown.batch.datasets)) > 1 else ""
+    names = f"record {row.key}{of}" + (" (could not be used)" if row.sample.is_filler else "")
     lines = [f"sample {number}, {names}, tokens [{row.start}, {row.stop})"]
     lines.append(f"  text      {_text(shown, ids)}")
     if row.sample.images:

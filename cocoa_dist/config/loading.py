@@ -42,7 +42,8 @@ _FREE_KEYS = (
 # What a new segment of the plan takes up. Not data.shuffle: another order in the middle of a pass
 # would repeat records and lose others.
 _ORDER_KEY = re.compile(
-    r"data\.left_out|stages\.[^.]+\.(batch_size|data\.(sources|metadataset)(\..*)?)"
+    r"data\.left_out|"
+    r"stages\.[^.]+\.(batch_size|data\.task_block|data\.(sources|metadataset)(\..*)?)"
 )
 _FREE_KEY = re.compile(r"stages\.[^.]+\.data\.metadataset\.path")  # what it says counts
 

@@ -231,6 +231,7 @@ class StageDataConfig(_Strict):
     keywords: Literal["sample", "all", "none"] = "sample"
     image_share: Ratio = 1.0  # share of samples with a picture (`language`, `bridged`)
     instruction: str = ""  # in front of the query of a pair
+    task_block: Positive | None = None  # records of one data set in a row; default: a whole step
 
     @property
     def blend(self) -> Mapping[str, SourceConfig]:
@@ -295,6 +296,12 @@ class StageConfig(_Strict):
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than the "
                 f"{self.steps} steps of the stage"
+            )
+        if self.data.task_block is not None and self.batch_size % self.data.task_block:
+            works = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of data.task_block "
+                f"{self.data.task_block}; it can be made of blocks of {', '.join(map(str, works))}"
             )
         views = {
             "reconstruction": ("caption", "bridged"),

@@ -4,6 +4,7 @@ Encoding never raises for a bad record: it is masked, named and counted, and eve
 keeps its place. The order of the records is the plan's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cocoa_dist.config import RunConfig, StageConfig
 from cocoa_dist.data.bounds import BOUNDS_VERSION, Bounds, index_bounds, mapped_bounds
 from cocoa_dist.data.corruption import CorruptedSample, corrupt
 from cocoa_dist.data.geometry import ImageGeometry
-from cocoa_dist.data.order import Pack, StepPlan
+from cocoa_dist.data.order import Pack, Slot, StepPlan
 from cocoa_dist.data.packing import (
     JOINT_EVERY,
     EmbeddingInfo,
@@ -78,20 +79,22 @@ class StepEncoder:
     ) -> StepBatch:
         """Build the part of `rank`. Never raises for what a record holds."""
         assignment = plan.step(step, world, num_nodes=self.num_nodes)
-        source = sources[assignment.dataset]
+        datasets = assignment.datasets
         keys: list[str] = []
         bad: list[BadRecord] = []
         packs: list[PackedBatch] = []
         truncated = num_tokens = 0
         for pack in assignment.ranks[rank]:
-            draft = self._encode_pack(pack, source, keys=keys, bad=bad)
+            draft = self._encode_pack(
+                pack, lambda slot: sources[datasets[slot.position]], keys=keys, bad=bad
+            )
             real = [s.sample for s in draft.samples if not s.sample.is_filler]
             truncated += sum(sample.truncated for sample in real)
             num_tokens += sum(len(sample.input_ids) for sample in real)
             packs.append(self._build(draft))
         return StepBatch(
             step=step,
-            dataset=assignment.dataset,
+            datasets=datasets,
             record_ids=assignment.record_ids,
             record_keys=tuple(keys),
             digest=assignment.digest,
@@ -154,10 +157,16 @@ class StepEncoder:
         return Bounds.of(bounds[:, 0], bounds[:, 1])
 
     def _encode_pack(
-        self, pack: Pack, source: RecordSource, *, keys: list[str], bad: list[BadRecord]
+        self,
+        pack: Pack,
+        source_of: Callable[[Slot], RecordSource],
+        *,
+        keys: list[str],
+        bad: list[BadRecord],
     ) -> PackDraft:
         draft = PackDraft([], [], [])
         for slot in pack:
+            source = source_of(slot)
             stream = f"{self.stage_name}/{source.name}"
             draw = draw_for(self._config.seed, stream, slot.passes, slot.record)
             made, record = self._samples(source, slot.record, draw)

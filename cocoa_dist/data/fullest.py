@@ -68,7 +68,7 @@ class _Filling:
         """Encode records and add them; what fits by the plan's bounds does."""
         keys: list[str] = []
         slots = [Slot(len(self._records) + i, int(r), 0) for i, r in enumerate(records)]
-        draft = self._encoder._encode_pack(tuple(slots), self._source, keys=keys, bad=[])
+        draft = self._encoder._encode_pack(tuple(slots), lambda _: self._source, keys=keys, bad=[])
         left = self.room - _used(draft, self._encoder.geometry)
         if only_if_it_fits and (left.min() < 0 or not self.places):
             return

@@ -180,6 +180,7 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
             tokens_per_pack=self._run.data.tokens_per_pack,
             patches_per_pack=self._run.data.patches_per_pack,
             shuffle=Shuffle(**self._run.data.shuffle.model_dump()),
+            task_block=data.task_block,
         )
         if self._state is not None:
             may_change = self._run.data.on_change == "continue"

@@ -60,11 +60,16 @@ class StepAssignment:
     """Everything about the records of one step; the same on every rank but for `ranks`' length."""
 
     step: int
-    dataset: str
+    datasets: tuple[str, ...]  # of each record; one and the same without task blocks
     passes: tuple[int, ...]  # of each record
     record_ids: tuple[int, ...]  # of the global batch, in plan order
     ranks: tuple[tuple[Pack, ...], ...]  # ranks x packs; equal numbers of packs
-    digest: str  # hash of dataset, passes and record ids
+    digest: str  # hash of datasets, passes and record ids
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, or of all that the step has, in the order they begin in."""
+        return " + ".join(dict.fromkeys(self.datasets))
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class StepPlan:
     tokens_per_pack: int
     patches_per_pack: int
     shuffle: Shuffle = field(default_factory=Shuffle)
+    task_block: int | None = None  # records of one source in a row; default: the whole step
     start_step: int = 1  # of this segment
     cursors: Mapping[str, int] = field(
         default_factory=dict
@@ -90,12 +96,16 @@ class StepPlan:
             raise ValueError(f"stage '{self.stage}': sources {names}, expected different names")
         for source in self.sources:
             self._check_source(source)
-        quotas = largest_remainder([s.weight for s in self.sources], total=BLOCK_STEPS)
+        if self.task_block is not None:
+            self._check_task_block(self.task_block)
+        total = BLOCK_STEPS * self._turns_a_step
+        quotas = largest_remainder([s.weight for s in self.sources], total=total)
         if quotas.min() == 0:
             name = names[int(quotas.argmin())]
+            turns = f"{total} {'steps' if self.task_block is None else 'blocks of records'}"
             raise ValueError(
                 f"stage '{self.stage}': source '{name}' has so little weight that it gets none of "
-                f"{BLOCK_STEPS} steps; raise its weight or leave it out"
+                f"{turns}; raise its weight or leave it out"
             )
         object.__setattr__(self, "_quotas", quotas)
 
@@ -106,31 +116,17 @@ class StepPlan:
         decides who reads a record, never which ones are read.
         """
         check_world_size(self.batch_size, world_size, stage=self.stage)
-        index, before = self._source_of(step)
-        source = self.sources[index]
-        first = self.cursors.get(source.name, 0) + before * self.batch_size
-        positions = np.arange(first, first + self.batch_size)
-        passes, offsets = np.divmod(positions, source.num_records)
-        records = np.empty(self.batch_size, dtype=np.int64)
-        for one_pass in np.unique(passes):
-            inside = passes == one_pass
-            records[inside] = records_at(
-                offsets[inside],
-                size=source.num_records,
-                key=f"{self.seed}/{self.stage}/{source.name}/{one_pass}",
-                shuffle=self.shuffle,
-            )
-        lanes = lanes_at(offsets, size=source.num_records, shuffle=self.shuffle)
-        ids, numbers = records.tolist(), passes.tolist()
-        content = json.dumps([source.name, numbers, ids]).encode()
+        drawn = self._draw(step)
+        ids, numbers = drawn.records.tolist(), drawn.passes.tolist()
+        turns = [self.sources[index].name for index in drawn.turns]
+        size = self.batch_size // len(turns)
+        content = json.dumps([turns if self.task_block else turns[0], numbers, ids]).encode()
         return StepAssignment(
             step=step,
-            dataset=source.name,
+            datasets=tuple(name for name in turns for _ in range(size)),
             passes=tuple(numbers),
             record_ids=tuple(ids),
-            ranks=self._deal(
-                source, records, passes, world_size=world_size, num_nodes=num_nodes, lanes=lanes
-            ),
+            ranks=self._deal(drawn, world_size=world_size, num_nodes=num_nodes),
             digest=hashlib.blake2b(content, digest_size=16).hexdigest(),
         )
 
@@ -148,6 +144,8 @@ class StepPlan:
                 [s.name, s.num_records, s.weight, s.fingerprint, s.left_out] for s in self.sources
             ],
         }
+        if self.task_block is not None:
+            content["task_block"] = self.task_block
         encoded = json.dumps(content, sort_keys=True).encode()
         return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
@@ -158,8 +156,8 @@ class StepPlan:
         """
         done = dict(self.cursors)
         for index, source in enumerate(self.sources):
-            steps = self._steps_before(step, index)
-            done[source.name] = done.get(source.name, 0) + steps * self.batch_size
+            turns = self._turns_before(step, index)
+            done[source.name] = done.get(source.name, 0) + turns * self._turn_records
         return done
 
     def state(self, next_step: int) -> dict[str, Any]:
@@ -227,16 +225,44 @@ class StepPlan:
                     "lower data.max_text_tokens or data.image.max_pixels"
                 )
 
-    def _source_of(self, step: int) -> tuple[int, int]:
-        """Return the source of a step and how many steps of the segment it had before."""
+    def _check_task_block(self, records: int) -> None:
+        if self.batch_size % records:
+            raise ValueError(
+                f"stage '{self.stage}': batch_size {self.batch_size} is not a multiple of "
+                f"data.task_block {records}"
+            )
+        short = [f"'{s.name}' has {s.num_records}" for s in self.sources if s.num_records < records]
+        if short:
+            raise ValueError(
+                f"stage '{self.stage}': data.task_block is {records}, but source "
+                f"{', '.join(short)} records, so that every block would have some of them twice: "
+                "lower data.task_block or leave the source out"
+            )
+
+    @property
+    def _turn_records(self) -> int:
+        """Records that a source gives when it is its turn."""
+        return self.task_block or self.batch_size
+
+    @property
+    def _turns_a_step(self) -> int:
+        return self.batch_size // self._turn_records
+
+    def _turns_of(self, step: int) -> list[tuple[int, int]]:
+        """Return the source of each turn of a step, and the turns it had before in the segment."""
         if step < self.start_step:
             raise ValueError(f"step {step}, expected one from {self.start_step} on")
         order, _, offset = self._block(step)
-        index = int(order[offset])
-        return index, self._steps_before(step, index)
+        indices = order[offset : offset + self._turns_a_step].tolist()
+        had = {index: self._turns_before(step, index) for index in set(indices)}
+        turns = []
+        for index in indices:
+            turns.append((index, had[index]))
+            had[index] += 1
+        return turns
 
-    def _steps_before(self, step: int, index: int) -> int:
-        """Return how many steps of the segment before `step` a source has."""
+    def _turns_before(self, step: int, index: int) -> int:
+        """Return how many turns of the segment before `step` a source has."""
         order, block, offset = self._block(step)
         inside = int(np.count_nonzero(order[:offset] == index))
         return block * int(self._quotas[index]) + inside
@@ -247,19 +273,44 @@ class StepPlan:
         key = f"{self.seed}/{self.stage}"
         if self.start_step > 1:
             key += f"/{self.start_step}"
-        return _block_order(tuple(self._quotas.tolist()), key, block), block, offset
+        order = _block_order(tuple(self._quotas.tolist()), key, block)
+        return order, block, offset * self._turns_a_step
+
+    def _draw(self, step: int) -> "_Drawn":
+        """Look up the records of a step."""
+        turns, size = self._turns_of(step), self._turn_records
+        records, passes, lanes = (np.empty(self.batch_size, dtype=np.int64) for _ in range(3))
+        sizes = np.empty((self.batch_size, 2), dtype=np.int64)
+        for index in {index for index, _ in turns}:
+            source = self.sources[index]
+            mine = [(place, had) for place, (one, had) in enumerate(turns) if one == index]
+            row = np.arange(size)
+            places = np.concatenate([place * size + row for place, _ in mine])
+            taken = np.concatenate([had * size + row for _, had in mine])
+            positions = self.cursors.get(source.name, 0) + taken
+            passes[places], offsets = np.divmod(positions, source.num_records)
+            found = self._records_of(source, passes[places], offsets)
+            records[places] = found
+            lanes[places] = lanes_at(offsets, size=source.num_records, shuffle=self.shuffle)
+            sizes[places, 0], sizes[places, 1] = source.tokens[found], source.patches[found]
+        return _Drawn([index for index, _ in turns], records, passes, lanes, sizes)
+
+    def _records_of(self, source: PlanSource, passes: Ints, offsets: Ints) -> Ints:
+        records = np.empty(len(offsets), dtype=np.int64)
+        for one_pass in np.unique(passes):
+            inside = passes == one_pass
+            records[inside] = records_at(
+                offsets[inside],
+                size=source.num_records,
+                key=f"{self.seed}/{self.stage}/{source.name}/{one_pass}",
+                shuffle=self.shuffle,
+            )
+        return records
 
     def _deal(
-        self,
-        source: PlanSource,
-        records: Ints,
-        passes: Ints,
-        *,
-        world_size: int,
-        num_nodes: int,
-        lanes: Ints,
+        self, drawn: "_Drawn", *, world_size: int, num_nodes: int
     ) -> tuple[tuple[Pack, ...], ...]:
-        sizes = np.stack([source.tokens[records], source.patches[records]], axis=1)
+        sizes, lanes = drawn.sizes, drawn.lanes
         budgets = (self.tokens_per_pack, self.patches_per_pack)
         at_home = num_nodes > 1 and self.shuffle.lanes % num_nodes == 0
         nodes = np.where(lanes < 0, lanes, lanes * num_nodes // self.shuffle.lanes)
@@ -272,9 +323,22 @@ class StepPlan:
         ):
             bins = greedy_knapsack(sizes[items], budgets)
             chosen = [items[np.sort(inside)] for inside in bins]
-            ranks.append([_pack(places, records[places], passes[places]) for places in chosen])
+            ranks.append(
+                [_pack(places, drawn.records[places], drawn.passes[places]) for places in chosen]
+            )
         most = max(map(len, ranks))
         return tuple((*packs, *[()] * (most - len(packs))) for packs in ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """The records of a step in plan order, before they are dealt."""
+
+    turns: list[int]  # index of the source of each turn
+    records: Ints  # (batch_size,), as all below
+    passes: Ints
+    lanes: Ints
+    sizes: Ints  # (batch_size, 2): bounds of tokens and patches
 
 
 def _pack(places: Ints, records: Ints, passes: Ints) -> Pack:

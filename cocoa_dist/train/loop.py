@@ -349,8 +349,14 @@ class StageRun:
                 name_records(batch.record_keys),
             )
         if self.config.data.log_sample_ids:
+            blocks = {"blocks": batch.blocks} if self.stage.data.task_block else {}
             self.sample_log.append(
-                {"step": batch.step, "dataset": batch.dataset, "records": list(batch.record_ids)}
+                {
+                    "step": batch.step,
+                    "dataset": batch.dataset,
+                    **blocks,
+                    "records": list(batch.record_ids),
+                }
             )
         if batch.step % self.config.metrics.log_every_steps == 0 or batch.step == 1:
             log.info(

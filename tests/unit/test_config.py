@@ -42,6 +42,10 @@ def test_every_recipe_resolves_and_reads_back_equal(name, tmp_path) -> None:
         ),
         ("stages.contrastive.optimizer.warmup_steps=9999", "more than the"),
         ("stages.contrastive.data.view=caption", "objective contrastive needs data.view pair"),
+        (
+            "stages.contrastive.data.task_block=10",
+            "stages.contrastive: batch_size 256 is not a multiple of data.task_block 10; it can",
+        ),
         ("data.image.max_pixelz=4", "did you mean 'max_pixels'"),
         ("sed=3", "sed: unknown key, did you mean 'seed'"),
         ("model.new_tokens=[<a>, <b>, <a>]", "model: new_tokens has <a> twice; expected"),

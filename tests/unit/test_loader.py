@@ -327,6 +327,62 @@ def test_a_blend_takes_each_step_from_one_source(
         assert max(batch.record_ids) < (13 if batch.dataset == "a" else 20)
 
 
+def in_blocks(
+    dataset: Path, tmp_path: Path, *, bad: int | None = None, **changes: Any
+) -> RunConfig:
+    """A blend of two data sets in blocks of four records, over steps of twelve."""
+    other = tmp_path / "other"
+    if not other.exists():
+        write(other, [record(n, "b", broken=n == bad) for n in range(20)])
+    run = config({"a": dataset, "b": other}, **changes)
+    data = run.stages["s"].data.model_copy(update={"task_block": 4})
+    stage = run.stages["s"].model_copy(update={"data": data})
+    return run.model_copy(update={"stages": {"s": stage}})
+
+
+@pytest.mark.parametrize("view", sorted(OBJECTIVES))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_step_in_blocks_takes_each_block_from_one_source(
+    view: str, world_size: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    run = in_blocks(dataset, tmp_path, view=view)
+    steps = read(run, vocabulary, tmp_path, steps=4, world_size=world_size)
+    one = read(run, vocabulary, tmp_path, steps=4)
+    mixed = 0
+    for ranks, (alone,) in zip(steps, one, strict=True):
+        named = {
+            f"{name}{number}"
+            for name, number in zip(ranks[0].datasets, ranks[0].record_ids, strict=True)
+        }
+        assert {key for batch in ranks for key in batch.record_keys} == named
+        assert all(count % 4 == 0 for _, count in ranks[0].blocks)
+        assert sum(count for _, count in ranks[0].blocks) == BATCH_SIZE
+        expected, found = summary([alone]), summary(ranks)
+        assert {k: found[k] for k in ("digest", "keys", "ids", "labels", "pairs")} == {
+            k: expected[k] for k in ("digest", "keys", "ids", "labels", "pairs")
+        }
+        mixed += " + " in ranks[0].dataset
+    assert mixed
+
+
+def test_in_blocks_a_bad_record_is_named_with_its_own_data_set(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    run = in_blocks(dataset, tmp_path, bad=BAD_RECORD)
+    steps = read(run, vocabulary, tmp_path, steps=6)
+    bad = [fault for (batch,) in steps for fault in batch.bad_records]
+    assert bad
+    assert {(fault.dataset, fault.number) for fault in bad} == {("b", BAD_RECORD)}
+
+
+def test_blocks_are_an_order_that_may_change_if_asked_for(dataset: Path, tmp_path: Path) -> None:
+    whole = config({"a": dataset, "b": tmp_path / "other"})
+    (line,) = differences(whole, in_blocks(dataset, tmp_path), free=False)
+    assert line == "stages.s.data.task_block: None -> 4"
+    goes_on = in_blocks(dataset, tmp_path, data={"on_change": "continue"})
+    assert differences(whole, goes_on, free=False) == []
+
+
 def test_state_and_fingerprint_are_the_plans(
     dataset: Path, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cocoa_dist.data.order import (
     BLOCK_STEPS,
@@ -125,7 +127,7 @@ def test_a_block_goes_on_where_the_last_one_ended() -> None:
     blend = plan(source("a", 50, 1.0), source("b", 31, 1.0))
     last: dict[str, int] = {}
     for step in range(BLOCK_STEPS - 20, BLOCK_STEPS + 20):
-        index, before = blend._source_of(step)
+        ((index, before),) = blend._turns_of(step)
         assert before == last.get(str(index), before - 1) + 1
         last[str(index)] = before
 
@@ -302,3 +304,169 @@ def test_a_step_before_the_segment_is_refused() -> None:
     after = plan(batch_size=20).resumed(plan().state(5), may_change=True)
     with pytest.raises(ValueError, match="step 4, expected one from 5 on"):
         after.step(4, 1)
+
+
+# --- Blocks of one task
+
+
+def blended(block: int | None = 4, **changes: object) -> StepPlan:
+    sources = (source("a", 50, 3.0), source("b", 201, 2.0, seed=1), source("c", 30, 1.0, seed=2))
+    return plan(*sources, batch_size=24, task_block=block, **changes)
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 24])
+def test_every_block_is_of_one_source_and_quotas_are_exact_in_blocks(block: int) -> None:
+    steps, per_step = blended(block), 24 // block
+    counted: Counter[str] = Counter()
+    for step in range(1, BLOCK_STEPS + 1):
+        names = steps.step(step, 1).datasets
+        blocks = [set(names[at : at + block]) for at in range(0, 24, block)]
+        assert {len(one) for one in blocks} == {1}
+        counted.update(name for one in blocks for name in one)
+    total = BLOCK_STEPS * per_step
+    expected = largest_remainder([3, 2, 1], total=total).tolist()
+    assert [counted[name] for name in "abc"] == expected
+
+
+def by_source(steps: StepPlan, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
+    """What each source gave in some steps, in plan order: (pass, record)."""
+    seen: dict[str, list[tuple[int, int]]] = {}
+    for step in range(first, last + 1):
+        one = steps.step(step, 1)
+        for name, passes, record in zip(one.datasets, one.passes, one.record_ids, strict=True):
+            seen.setdefault(name, []).append((passes, record))
+    return seen
+
+
+def assert_each_once_a_pass(seen: dict[str, list[tuple[int, int]]]) -> None:
+    for name, taken_records in seen.items():
+        count = {"a": 50, "b": 201, "c": 30}[name]
+        assert len(taken_records) == len(set(taken_records))
+        for one_pass in range(taken_records[-1][0]):  # whole ones
+            records = [record for number, record in taken_records if number == one_pass]
+            assert sorted(records) == list(range(count))
+
+
+@pytest.mark.parametrize("block", [1, 4, 8, 12])
+def test_in_blocks_every_record_comes_once_in_a_pass(block: int) -> None:
+    """Over the end of a cycle of BLOCK_STEPS too."""
+    steps = blended(block)
+    assert_each_once_a_pass(by_source(steps, 1, 60))
+    near = by_source(steps, BLOCK_STEPS - 5, BLOCK_STEPS + 5)
+    for taken_records in near.values():
+        assert len(taken_records) == len(set(taken_records))
+    before, after = (steps.cursors_at(step) for step in (BLOCK_STEPS - 5, BLOCK_STEPS + 6))
+    assert {name: after[name] - before[name] for name in after} == {
+        name: len(taken_records) for name, taken_records in near.items()
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 24])
+def test_steps_in_blocks_are_the_same_on_any_world_size(world_size: int) -> None:
+    for step in (1, 2, 17, BLOCK_STEPS + 3):
+        one, many = blended().step(step, 1), blended().step(step, world_size)
+        assert content(many) == content(one)
+        assert (many.digest, many.record_ids, many.datasets) == (
+            *(one.digest, one.record_ids),
+            one.datasets,
+        )
+        assert {sum(map(len, packs)) for packs in many.ranks} == {24 // world_size}
+        assert len({len(packs) for packs in many.ranks}) == 1
+
+
+def test_ranks_have_equal_work_over_the_sources_of_a_step() -> None:
+    """Records of a block may go anywhere: long ones of one task do not burden one rank."""
+    short = PlanSource("a", 1.0, np.full(50_000, 20), np.full(50_000, 16))
+    long = PlanSource("b", 1.0, np.full(50_000, 900), np.full(50_000, 1600))
+    steps = plan(
+        *(short, long),
+        batch_size=2048,
+        task_block=64,
+        tokens_per_pack=8192,
+        patches_per_pack=32768,
+    )
+    one = steps.step(1, 16)
+    sizes = {"a": 20, "b": 900}
+    sums = [sum(sizes[one.datasets[s.position]] for p in packs for s in p) for packs in one.ranks]
+    assert max(sums) / np.mean(sums) <= 1.02
+
+
+def test_blocks_are_mixed_and_digests_differ() -> None:
+    steps = blended()
+    mixed = [len(set(steps.step(step, 1).datasets)) for step in range(1, 30)]
+    assert max(mixed) == 3
+    assert len({steps.step(step, 1).digest for step in range(1, 100)}) == 99
+
+
+def test_without_task_blocks_the_plan_is_what_it_was() -> None:
+    """Figures of the version before task blocks."""
+    steps = plan(source("a", 50, 3.0), source("b", 31, 1.0))
+    assert steps.plan_hash == "49239e1d1258a144ea78cb2eb84968e8"
+    assert steps.step(7, 2).digest == "8e3cecdc73f841ef8fa5adf4eaebab11"
+    assert "task_block" not in json.dumps(steps.state(3))
+    assert plan(source("a", 50, 3.0), source("b", 31, 1.0), task_block=12).plan_hash != (
+        steps.plan_hash
+    )
+
+
+@pytest.mark.parametrize("step", [1, 2, 9, BLOCK_STEPS, BLOCK_STEPS + 1])
+def test_steps_in_blocks_are_resumed_at_any_step(step: int) -> None:
+    state = json.loads(json.dumps(blended().state(step)))
+    assert blended().resumed(state).step(step, 3) == blended().step(step, 3)
+    with pytest.raises(ValueError, match="have changed"):
+        blended(6).resumed(state)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None), (4, 6)])
+def test_blocks_may_begin_and_end_at_a_new_segment(before: int | None, after: int | None) -> None:
+    first = blended(before)
+    second = blended(after).resumed(json.loads(json.dumps(first.state(8))), may_change=True)
+    assert second.start_step == 8
+    old, new = by_source(first, 1, 7), by_source(second, 8, 60)
+    assert_each_once_a_pass({name: old.get(name, []) + new[name] for name in new})
+    third = blended(after).resumed(second.state(20))
+    assert third.step(33, 2) == second.step(33, 2)
+
+
+def test_a_block_that_a_source_cannot_fill_is_refused_with_counts() -> None:
+    with pytest.raises(ValueError, match=r"task_block is 40, but source 'c' has 30 records"):
+        plan(source("a"), source("c", 30), batch_size=80, task_block=40)
+
+
+def test_a_batch_that_is_no_multiple_of_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch_size 24 is not a multiple of .*task_block 5"):
+        blended(5)
+
+
+@given(
+    block=st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]),
+    world=st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]),
+    step=st.integers(1, 3 * BLOCK_STEPS),
+    counts=st.lists(st.integers(24, 300), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.05, 20.0), min_size=4, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_blend_in_blocks_keeps_its_promises(
+    block: int, world: int, step: int, counts: list[int], weights: list[float]
+) -> None:
+    sources = [
+        source(f"s{i}", count, weight, seed=i)
+        for i, (count, weight) in enumerate(zip(counts, weights, strict=False))
+    ]
+    steps = plan(*sources, batch_size=24, task_block=block)
+    one = steps.step(step, world)
+    assert content(one) == content(steps.step(step, 1))
+    assert len({(len(packs), sum(map(len, packs))) for packs in one.ranks}) == 1
+    taken_now = {s.name: one.datasets.count(s.name) for s in sources}
+    before, after = steps.cursors_at(step), steps.cursors_at(step + 1)
+    assert {name: after[name] - before[name] for name in after} == taken_now
+    for one_source in sources:  # its records of the step are those behind its cursor
+        mine = [
+            (passes, record)
+            for name, passes, record in zip(one.datasets, one.passes, one.record_ids, strict=True)
+            if name == one_source.name
+        ]
+        assert len(mine) == len(set(mine))
+        expected = range(before[one_source.name], after[one_source.name])
+        count = one_source.num_records
+        assert [passes for passes, _ in mine] == [position // count for position in expected]

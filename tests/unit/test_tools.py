@@ -276,6 +276,24 @@ def test_show_batch_shows_what_a_changed_blend_goes_on_with(show_batch, tmp_path
     assert (fresh.dataset, fresh.record_ids) != (expected.dataset, expected.record_ids)
 
 
+def test_show_batch_shows_a_step_in_blocks_of_several_data_sets(show_batch, capsys):
+    more = "stages.contrastive.data.sources.more"
+    overrides = [
+        *("stages.contrastive.data.task_block=4", "data.tokens_per_pack=2048"),
+        *(f"{more}.path=asset:emoji/validation", f"{more}.limit=32"),
+    ]
+    arguments = ["debug", *overrides, "--stage", "contrastive", "--samples", "48"]
+    assert show_batch.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "records   24 (" in said
+    assert " of 'more'" in said
+    assert {"of 'emoji', tokens", "of 'more', tokens"} <= {
+        f"of {line.split(' of ')[1].split(',')[0]}, tokens"
+        for line in said.splitlines()
+        if line.startswith("sample ")
+    }
+
+
 def test_show_batch_refuses_a_checkpoint_of_other_data(show_batch, tmp_path, capsys):
     state = {**state_before(load_recipe("debug"), step=4), "plan_hash": "another"}
     unfinished = manifest_of("contrastive", 3, cpu=1.0, complete=False)
