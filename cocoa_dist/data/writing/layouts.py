@@ -1,4 +1,4 @@
-"""What a row means: captions, MMEB pairs, interleaved documents, dialogues; one function each.
+"""What a row means: captions, pictures, MMEB pairs, documents, dialogues; one function each.
 
 A layout turns the columns of a row into a record, or says by ValueError why it cannot. Reasons
 begin with their kind and a colon, so that they can be counted.
@@ -235,6 +235,14 @@ def _captions(cells: _Cells) -> _Made:
     return _Made(query=first, positives=tuple((one,) for one in pictures), target=first, meta=meta)
 
 
+def _pictures(cells: _Cells) -> _Made:
+    """Read pictures as the query, and as the target the first text beside them, if there is one."""
+    pictures = tuple(cells.pictures(cells.need("image")))
+    texts = cells.texts("text") if cells.find("text") is not None else []
+    meta = {"captions": texts} if len(texts) > 1 else {}
+    return _Made(query=pictures, target=tuple(map(text_part, texts[:1])), meta=meta)
+
+
 def _mmeb(cells: _Cells) -> _Made:
     """Read a query, a positive and negatives, each a text, a picture or both."""
     query = _with_placeholders(cells, cells.text("query"), cells.find("query_image"))
@@ -310,6 +318,7 @@ _PICTURE_NAMES = (
     *("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_path", "file_name"),
     *("filename", "path"),
 )
+_TEXT_NAMES = ("text", "caption", "captions", "txt", "title", "sentence", "description")
 LAYOUTS: dict[str, LayoutKind] = {
     "captions": LayoutKind(
         _captions,
@@ -317,9 +326,15 @@ LAYOUTS: dict[str, LayoutKind] = {
         {
             **_COMMON,
             "image": (*_PICTURE_NAMES, "images"),
-            "text": ("text", "caption", "captions", "txt", "title", "sentence", "description"),
+            "text": _TEXT_NAMES,
         },
         required=("image",),  # a picture without a text beside it is a row that is rejected
+    ),
+    "pictures": LayoutKind(
+        _pictures,
+        "picture",
+        {**_COMMON, "image": (*_PICTURE_NAMES, "images"), "text": _TEXT_NAMES},
+        required=("image",),
     ),
     "mmeb": LayoutKind(
         _mmeb,
