@@ -16,4 +16,5 @@ CAUSES = (  # of the goodput ledger, see launcher/ledger.py
 )
 RUN_STATES = ("pending", "running", "preempted", "stalled", "stopped", "given_up", "done")
 RESTART_REASONS = ("preempted", "stopped", "crash", "lost", "bad_input")
-FAULTS = ("port", "target", "events", "files")
+FAULTS = ("port", "target", "events", "files", "sinks")
+PARAMETER_GROUPS = ("vision", "text", "embeddings", "new")  # see train/health.py

@@ -31,6 +31,7 @@ from cocoa_dist.objectives.base import Objective, weighted_total
 from cocoa_dist.train import shards, zero_state
 from cocoa_dist.train.ds_config import build_ds_config
 from cocoa_dist.train.grad_cache import cached_backward
+from cocoa_dist.train.health import LastUpdate, group_health, local_sums
 from cocoa_dist.train.residency import decide_residency
 
 
@@ -70,11 +71,16 @@ class TrainEngine:
         dtype: str = "float32",
         settings: EngineConfig | None = None,
         grad_cache: GradCacheConfig | None = None,
+        measure_every: int = 0,
     ) -> None:
-        """Partition `model` over the ranks. Collective: call on all ranks."""
+        """Partition `model` over the ranks. Collective: call on all ranks.
+
+        Every `measure_every` steps (0: never) the norms of groups of parameters are measured.
+        """
         self.objective = objective
         self.optimizer_config = optimizer
         self.total_steps = total_steps
+        self.measure_every = measure_every
         self.settings = settings or EngineConfig()
         self.grad_cache = grad_cache or GradCacheConfig()
         self.before_update: Callable[[], None] = lambda: None  # the last that reads the old weights
@@ -118,10 +124,12 @@ class TrainEngine:
         measures.take()  # what a trial before this step has left
         terms = self.accumulate(packs)
         measured = measures.take()
-        local = [*(term.local_sum for term in terms.values()), *measured, *extras]
+        groups = self._group_sums(step)
+        local = [*(term.local_sum for term in terms.values()), *measured, *extras, *groups]
         summed = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).tolist()
         parts = {n: s / t.count for (n, t), s in zip(terms.items(), summed, strict=False)}
         first_extra = len(parts) + len(measured)
+        first_group = first_extra + len(extras)
         sums = dict(zip(measures.names, summed[len(parts) : first_extra], strict=True))
         loss = sum(self.objective.weights[name] * part for name, part in parts.items())
         self.before_update()
@@ -133,9 +141,33 @@ class TrainEngine:
             skipped=skipped,
             finite_here=all(math.isfinite(term.local_sum) for term in terms.values()),
             learning_rate=rate,
-            health=self.objective.health(sums),
-            extras=tuple(summed[first_extra:]),
+            health={**self.objective.health(sums), **group_health(summed[first_group:])},
+            extras=tuple(summed[first_extra:first_group]),
         )
+
+    def _group_sums(self, step: int) -> list[float]:
+        """Return what `health` wants to know of this rank in steps that are measured, else []."""
+        if not self.measure_every or (step % self.measure_every and step > 1):
+            return []
+        rate = learning_rate_at(step - 1, self.optimizer_config, total_steps=self.total_steps)
+        return local_sums(
+            self._gradients(),
+            self._slices(),
+            last=LastUpdate(learning_rate=rate, steps=self._optimizer_steps()),
+            optimizer=self.optimizer_config,
+        )
+
+    def _gradients(self) -> Mapping[str, Tensor]:
+        """Return this rank's elements of every gradient, flat; before clipping."""
+        return zero_state.gradient_slices(self.deepspeed, self.module)
+
+    def _slices(self) -> Sequence[zero_state.ParameterSlice]:
+        """Return this rank's part of every trained parameter, as views of the live tensors."""
+        return zero_state.parameter_slices(self.deepspeed, self.module)
+
+    def _optimizer_steps(self) -> int:
+        """Return how often the optimizer has moved the weights."""
+        return zero_state.counters(self.deepspeed).optimizer_steps
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
@@ -233,7 +265,7 @@ class TrainEngine:
 
     def state_bytes(self) -> int:
         """Return how large this rank's part of a checkpoint is: weights and two moments each."""
-        slices = zero_state.parameter_slices(self.deepspeed, self.module)
+        slices = self._slices()
         buffers = zero_state.persistent_buffers(self.module).values()
         trained = sum(part.values[zero_state.WEIGHT].nbytes for part in slices)
         return 3 * trained + sum(buffer.nbytes for buffer in buffers)
@@ -246,7 +278,7 @@ class TrainEngine:
         """Return this rank's part of the state of training, good until the next optimizer step."""
         buffers = zero_state.persistent_buffers(self.module) if rank() == 0 else {}
         return shards.live_state(
-            zero_state.parameter_slices(self.deepspeed, self.module),
+            self._slices(),
             buffers=buffers,
             counters=zero_state.counters(self.deepspeed),
             rank=rank(),

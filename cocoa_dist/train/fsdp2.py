@@ -152,6 +152,11 @@ class Fsdp2Engine(TrainEngine):
     def _trained(self) -> dict[str, Any]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
+    def _gradients(self) -> Mapping[str, Tensor]:
+        """Return this rank's elements of every gradient, flat; before clipping."""
+        trained = self._trained().items()
+        return {name: _flat(p.grad) for name, p in trained if p.grad is not None}
+
     def _optimizer_steps(self) -> int:
         states = [self.optimizer.state.get(p, {}) for p in self._trained().values()]
         return max((int(state["step"]) for state in states if state), default=0)

@@ -72,6 +72,22 @@ def parameter_slices(deepspeed: Any, module: nn.Module) -> tuple[ParameterSlice,
     return tuple(found)
 
 
+def gradient_slices(deepspeed: Any, module: nn.Module) -> dict[str, Tensor]:
+    """Return the gradient of each slice of this rank, flat, after the backward pass; live views."""
+    zero = deepspeed.optimizer
+    found = {}
+    parameter: Any  # DeepSpeed has added attributes
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        _, _, length = zero.grad_position[zero.get_param_id(parameter)]
+        numel = int(parameter.ds_numel)
+        start = min(zero._get_param_partition_rank(parameter) * length, numel)
+        gradient, _ = zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
+        found[name] = gradient.flatten()[: min(start + length, numel) - start]
+    return found
+
+
 def counters(deepspeed: Any) -> Counters:
     """Return where the engine stands."""
     zero = deepspeed.optimizer
