@@ -111,18 +111,20 @@ class Monitor:
         self.values.set("cocoa_train_consumed_tokens", tokens)
         for name, field in _FIELDS.items():
             value = fields.get(field)
-            if name == "cocoa_train_loss" or (
-                value is None and METRICS[name].kind is not Kind.GAUGE
-            ):
-                continue
-            self._take(name, math.nan if value is None else float(value))
-        if fields.get("grad_norm") is None:
-            self.values.set("cocoa_train_grad_norm", math.nan)
+            if value is not None or METRICS[name].kind is Kind.GAUGE:
+                self._take(name, _number(value))
         for field, value in fields.items():
-            if field == "loss" or field.startswith("loss/"):
-                part = field.partition("/")[2] or "loss"
-                number = math.nan if value is None else float(value)
-                self.values.set("cocoa_train_loss", number, name=part)
+            family, slash, member = field.partition("/")
+            if slash and f"{family}/" in _FAMILIES:
+                name, label = _FAMILIES[f"{family}/"]
+                self.values.set(name, _number(value), **{label: member})
+        if "loss" in fields:
+            self.values.set("cocoa_train_loss", _number(fields["loss"]), name="loss")
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Say what an evaluation after `step` found (rank 0); the step's record exports it."""
+        known = {name: None if math.isnan(v) else round(v, 4) for name, v in scores.items()}
+        self._write(lambda events: events.note("evaluated", step=step, **known))
 
     def saved(self, folder: Path) -> None:
         """Say that a checkpoint was committed (rank 0)."""
@@ -210,7 +212,20 @@ class Monitor:
                 self.values.add("cocoa_exporter_faults_total", reason="events")
 
 
-_FIELDS = {metric.name: metric.record for metric in METRICS.values() if metric.record is not None}
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+_FIELDS = {
+    metric.name: metric.record
+    for metric in METRICS.values()
+    if metric.record is not None and not metric.labels
+}
+_FAMILIES = {  # of fields: what is before the slash, to a metric and its label
+    f"{metric.record.rstrip('/')}/": (metric.name, next(iter(metric.labels)))
+    for metric in METRICS.values()
+    if metric.record is not None and metric.labels
+}
 _RANK_0_COUNTERS = tuple(
     metric.name
     for metric in METRICS.values()

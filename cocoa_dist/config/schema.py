@@ -376,6 +376,16 @@ class EvaluationConfig(_Strict):
 
     sets: dict[str, SourceConfig] = {}
     batch_size: Positive = 128
+    every_steps: NotNegative = 0  # while a stage trains, and at its end; 0: not while it trains
+
+    @model_validator(mode="after")
+    def _something_to_score(self) -> "EvaluationConfig":
+        if self.every_steps and not self.sets:
+            raise ValueError(
+                f"evaluation.every_steps is {self.every_steps}, but evaluation.sets has no set: "
+                "name one, or set every_steps to 0"
+            )
+        return self
 
 
 class ExportConfig(_Strict):

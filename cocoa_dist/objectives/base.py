@@ -78,3 +78,19 @@ class Objective(Protocol):
 def weighted_total(sums: Mapping[str, Tensor], factors: Mapping[str, float]) -> Tensor:
     """Return sum over terms of factor x sum: a scalar with gradient, in the terms' units."""
     return sum((factors[name] * sums[name] for name in factors), start=torch.zeros(()))
+
+
+@torch.no_grad()
+def mean_pairwise_cosine(tokens_BKD: Tensor) -> Tensor:
+    """Return the mean cosine of a sample's K tokens to each other, (B,) float32; 1 is a collapse.
+
+    Over the K (K - 1) ordered pairs: |sum of unit vectors|^2 counts each token with itself too.
+    Raises ValueError for fewer than two tokens.
+    """
+    count = tokens_BKD.shape[-2]
+    if count < 2:
+        raise ValueError(f"{count} tokens a sample have no pairs, expected at least 2")
+    units_BKD = torch.nn.functional.normalize(tokens_BKD.float(), dim=-1)
+    total_B = units_BKD.sum(dim=-2).square().sum(dim=-1)
+    alone_B = units_BKD.square().sum(dim=(-2, -1))  # K, without tokens that are all zero
+    return (total_B - alone_B) / (count * (count - 1))

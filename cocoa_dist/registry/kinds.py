@@ -35,7 +35,8 @@ class Metric:
     source: Source
     labels: Mapping[str, int] = field(default_factory=dict)  # name: most values it may take
     buckets: tuple[float, ...] = ()  # of a histogram: upper bounds, without infinity
-    record: str | None = None  # the field of metrics.jsonl that it is taken from
+    # The field of metrics.jsonl that it is taken from; `loss/`: what stands behind is its label.
+    record: str | None = None
 
     @property
     def most_series(self) -> int:

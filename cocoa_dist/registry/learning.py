@@ -1,8 +1,9 @@
 """What rank 0 says of whether the model learns."""
 
 from cocoa_dist.registry.kinds import Metric, Source, counter, gauge
+from cocoa_dist.registry.words import PARAMETER_GROUPS
 
-_MOST_LOSSES = 12
+_MOST_LOSSES, _MOST_SETS = 12, 8
 
 LEARNING: tuple[Metric, ...] = (
     gauge(
@@ -19,6 +20,22 @@ LEARNING: tuple[Metric, ...] = (
         "1",
         "Norm of the gradient before clipping.",
         record="grad_norm",
+    ),
+    gauge(
+        "cocoa_train_group_grad_norm",
+        Source.RANK_0,
+        "1",
+        "Norm of the gradient of a group of parameters, before clipping; in steps that are logged.",
+        labels={"group": len(PARAMETER_GROUPS)},
+        record="grad_norm/",
+    ),
+    gauge(
+        "cocoa_train_update_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Norm of a group's change in the step before, over the norm of its weights; steps logged.",
+        labels={"group": len(PARAMETER_GROUPS)},
+        record="update_ratio/",
     ),
     gauge(
         "cocoa_train_learning_rate",
@@ -82,6 +99,36 @@ LEARNING: tuple[Metric, ...] = (
         "ratio",
         "Share of candidates that show the same thing as the target and are left out; contrastive.",
         record="false_negative_ratio",
+    ),
+    gauge(
+        "cocoa_train_temperature",
+        Source.RANK_0,
+        "1",
+        "What similarities are divided by, where it is learnt.",
+        record="temperature",
+    ),
+    gauge(
+        "cocoa_train_token_similarity",
+        Source.RANK_0,
+        "cosine",
+        "Mean cosine of a sample's compression tokens to each other; 1 is a collapse.",
+        record="token_similarity",
+    ),
+    gauge(
+        "cocoa_evaluation_recall_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Recall at 10 on a held-out set, mean of words to pictures and back; at evaluations.",
+        labels={"set": _MOST_SETS},
+        record="held_out_recall/",
+    ),
+    gauge(
+        "cocoa_evaluation_tied_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of held-out queries whose right candidate ties with another; 1 is a collapse.",
+        labels={"set": _MOST_SETS},
+        record="held_out_tied/",
     ),
     counter(
         "cocoa_train_loss_spikes_total",

@@ -8,8 +8,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from cocoa_dist.distributed import (
     training_device,
     world_size,
 )
-from cocoa_dist.model.embedder import ModelOutput
+from cocoa_dist.model.embedder import EmbeddingModel, ModelOutput
+from cocoa_dist.model.heads import HeadsConfig
 from cocoa_dist.objectives.base import Objective, weighted_total
+from cocoa_dist.runtime import random_state, restore_random_state
 from cocoa_dist.train import shards, zero_state
 from cocoa_dist.train.ds_config import build_ds_config
 from cocoa_dist.train.grad_cache import cached_backward
@@ -190,6 +192,44 @@ class TrainEngine:
     def _gradient_norm(self) -> float:
         norm = self.deepspeed.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
+
+    @contextmanager
+    def embedding(self) -> Iterator[Callable[[PackedBatch], Tensor]]:
+        """Give a function that embeds packs: (E, D) float32 on the host, no dropout, no gradient.
+
+        Training goes on as if it had not been called. Collective: call it on all ranks, equally
+        often.
+        """
+        model, state = self._model(), random_state()
+        heads, model.heads = model.heads, HeadsConfig(embeddings=True)
+        self._outer().eval()
+
+        def embed(pack: PackedBatch) -> Tensor:
+            with torch.no_grad():
+                found = self._forward(pack.to(self.device)).embeddings_ED
+            assert found is not None
+            return found.float().cpu()
+
+        try:
+            yield embed
+        finally:
+            model.heads = heads
+            self._outer().train()
+            restore_random_state(state)
+            self._after_embedding()
+
+    def _model(self) -> EmbeddingModel:
+        model = self.module
+        assert isinstance(model, EmbeddingModel)
+        return model
+
+    def _outer(self) -> nn.Module:
+        """Return what `eval` and `train` are said to."""
+        outer: nn.Module = self.deepspeed
+        return outer
+
+    def _after_embedding(self) -> None:
+        """Put back what a forward without a backward leaves."""
 
     def discard_gradients(self) -> None:
         """Forget what `accumulate` left, as if it had not been called."""

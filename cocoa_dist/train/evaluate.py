@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cocoa_dist.batch import PackedBatch
 from cocoa_dist.config import FROM_MODEL, RunConfig, SourceConfig, StageConfig, resolve_path
 from cocoa_dist.data.corruption import uncorrupted
 from cocoa_dist.data.geometry import ImageGeometry
@@ -74,33 +75,55 @@ class Embedder:
 
     def sample(self, item: Item) -> Sample:
         """Serialise one item as in training."""
-        return embedding_sample(
-            text=item.text,
-            image=item.image,
-            instruction=item.instruction,
-            vocabulary=self.vocabulary,
-            settings=self.settings,
-        )
+        return item_sample(item, vocabulary=self.vocabulary, settings=self.settings)
 
     @property
     def rule(self) -> AttentionRule:
         """The attention rule the embeddings are read with."""
-        attention = self.stage.attention
-        return attention_rule(attention.rule, **attention.options())
+        return stage_rule(self.stage)
 
     def _batch(self, samples: Sequence[Sample]) -> Vectors:
-        pack = build_pack(
-            [uncorrupted(sample, geometry=self.geometry) for sample in samples],
-            rule=self.rule,
-            geometry=self.geometry,
-            vocabulary=self.vocabulary,
-            embeddings=[EmbeddingInfo(i, 0, i) for i in range(len(samples))],
-            pooling=self.stage.pooling,
+        pack = embedding_pack(
+            samples, stage=self.stage, geometry=self.geometry, vocabulary=self.vocabulary
         )
         with torch.inference_mode():
             found = self.model(pack).embeddings_ED
         vectors: Vectors = found.numpy()
         return vectors
+
+
+def stage_rule(stage: StageConfig) -> AttentionRule:
+    """Return the attention rule of a stage."""
+    return attention_rule(stage.attention.rule, **stage.attention.options())
+
+
+def item_sample(item: Item, *, vocabulary: Vocabulary, settings: ViewSettings) -> Sample:
+    """Serialise one item as in training."""
+    return embedding_sample(
+        text=item.text,
+        image=item.image,
+        instruction=item.instruction,
+        vocabulary=vocabulary,
+        settings=settings,
+    )
+
+
+def embedding_pack(
+    samples: Sequence[Sample],
+    *,
+    stage: StageConfig,
+    geometry: ImageGeometry,
+    vocabulary: Vocabulary,
+) -> PackedBatch:
+    """Pack samples whose embeddings are wanted, in order; nothing of them is hidden."""
+    return build_pack(
+        [uncorrupted(sample, geometry=geometry) for sample in samples],
+        rule=stage_rule(stage),
+        geometry=geometry,
+        vocabulary=vocabulary,
+        embeddings=[EmbeddingInfo(i, 0, i) for i in range(len(samples))],
+        pooling=stage.pooling,
+    )
 
 
 def load_embedder(
@@ -176,10 +199,25 @@ def recall(scores_NN: Vectors) -> dict[str, float]:
     }
 
 
+def tied_share(scores_NN: Vectors) -> float:
+    """Return the share of queries whose right candidate ties with another; 1 is a collapse."""
+    right_N1 = np.diagonal(scores_NN)[:, None]
+    return float(((scores_NN == right_N1).sum(axis=1) > 1).mean())
+
+
 def record_sides(record: Record, embedder: Embedder) -> tuple[Item, Item]:
     """Return the text item (name and all keywords) and the picture item of a held-out record."""
-    text = " ".join(side_texts(record.target)) or " ".join(side_texts(record.query))
-    return Item(text=text), Item(image=embedder.settings.pictures.load(record.images[0]))
+    return text_item(record), picture_item(record, embedder.settings)
+
+
+def text_item(record: Record) -> Item:
+    """Return the words of a held-out record."""
+    return Item(text=" ".join(side_texts(record.target)) or " ".join(side_texts(record.query)))
+
+
+def picture_item(record: Record, settings: ViewSettings) -> Item:
+    """Return the picture of a held-out record."""
+    return Item(image=settings.pictures.load(record.images[0]))
 
 
 def evaluate_sets(config: RunConfig, embedder: Embedder) -> dict[str, dict[str, object]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cocoa_dist.batch import PackedBatch
@@ -55,6 +55,14 @@ class Fsdp2Engine(TrainEngine):
         """The wrapped model; its parameters are DTensors."""
         module: nn.Module = self.model
         return module
+
+    def _outer(self) -> nn.Module:
+        return self.module
+
+    def _after_embedding(self) -> None:
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # the whole of it would stay gathered until a backward
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups

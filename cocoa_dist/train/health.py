@@ -151,4 +151,5 @@ def _update_squares(
 
 
 def _norm_square(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values).double().square()
+    square: Tensor = torch.linalg.vector_norm(values).double().square()
+    return square

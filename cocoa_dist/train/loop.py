@@ -7,6 +7,7 @@ stopped the run. All ranks decide alike, because every flag rides on the step's 
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
@@ -25,6 +26,7 @@ from cocoa_dist.runtime import StopRequest, stop_file_present
 from cocoa_dist.train.checkpoint import Checkpointer
 from cocoa_dist.train.engine import StepStats, TrainEngine
 from cocoa_dist.train.guards import SpikeDetector, check_skips, name_records, recent_losses
+from cocoa_dist.train.held_out import HeldOut
 from cocoa_dist.train.preflight import Trial, preflight
 from cocoa_dist.train.watchdog import TIMEOUT_SHARE, Watchdog
 
@@ -112,13 +114,14 @@ class StageRun:
         progress: Progress,
         stop: StopRequest,
         monitor: Monitor,
+        held_out: HeldOut | None = None,
     ) -> None:
         """`template` holds the fields of the manifest that do not change from step to step."""
         self.config, self.stage_name, self.run_dir = config, stage_name, run_dir
         self.stage = config.stages[stage_name]
         self.engine, self.loader, self.checkpointer = engine, loader, checkpointer
         self.template, self.progress, self.stop = template, progress, stop
-        self.monitor = monitor
+        self.monitor, self.held_out = monitor, held_out
         checkpointer.on_saved, checkpointer.on_failed = monitor.saved, monitor.save_failed
         checkpointer.on_progress = lambda: self.watchdog.beat(f"saving step {self.progress.step}")
         self.metrics = JsonLines(run_dir / METRICS_NAME)
@@ -229,8 +232,9 @@ class StageRun:
             self._quarantine(step, batch)
         if stats.skipped:
             self._note_skip(batch, stats)
+        scores = self._evaluate(step)
         if rank() == 0:
-            self._record(batch, stats, shared, seconds=seconds, waited=waited)
+            self._record(batch, stats, shared, scores=scores, seconds=seconds, waited=waited)
         self._check_limits(batch)
         if shared.operator_stop:
             return StageEnd.STOPPED
@@ -305,8 +309,25 @@ class StageRun:
             listed_in=self.skipped.path.parent,
         )
 
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Score the held-out sets if they are due; {} where they are not. Collective."""
+        if self.held_out is None or not self.held_out.due(step, last=self.stage.steps):
+            return {}
+        with self.monitor.phase("evaluation"):
+            beat = partial(self.watchdog.beat, f"evaluating step {step}")
+            scores = self.held_out.scores(self.engine, beat=beat)
+        self.monitor.evaluated(step, scores)
+        return scores
+
     def _record(
-        self, batch: StepBatch, stats: StepStats, shared: _Extras, *, seconds: float, waited: float
+        self,
+        batch: StepBatch,
+        stats: StepStats,
+        shared: _Extras,
+        *,
+        scores: Mapping[str, float],
+        seconds: float,
+        waited: float,
     ) -> None:
         """Write the step's line of metrics.jsonl (rank 0), and a log line now and then."""
         saving = self.checkpointer.take_numbers()
@@ -319,7 +340,7 @@ class StageRun:
             "time": time.time(),
             "loss": _finite(stats.loss),
             **{f"loss/{name}": _finite(value) for name, value in stats.parts.items()},
-            **{name: _finite(value) for name, value in stats.health.items()},
+            **{name: _finite(value) for name, value in {**stats.health, **scores}.items()},
             "grad_norm": None if stats.skipped else _finite(stats.grad_norm),
             "learning_rate": stats.learning_rate,
             "samples": round(shared.samples),

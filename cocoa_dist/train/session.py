@@ -26,6 +26,7 @@ from cocoa_dist.train.build import StageParts, base_model_digest, build_parts, l
 from cocoa_dist.train.checkpoint import Checkpointer, Found
 from cocoa_dist.train.ds_config import read_ds_config
 from cocoa_dist.train.engine import TrainEngine, import_deepspeed
+from cocoa_dist.train.held_out import HeldOut
 from cocoa_dist.train.loop import Progress, StageEnd, StageRun
 from cocoa_dist.train.resume import (
     hash_files_together,
@@ -87,6 +88,9 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
     refuse_other_base(found, template)
     engine = build_engine(config, stage_name, parts)
+    held_out = None
+    if config.evaluation.every_steps:
+        held_out = HeldOut(config, vocabulary=parts.vocabulary, geometry=parts.geometry)
     seed_rank(config.seed, stage=stage_name, step=0, rank=world.rank)
     with monitor.phase("restore"):
         resume(checkpointer, engine, found, config=config, stage_name=stage_name, run_dir=run_dir)
@@ -102,6 +106,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         progress=Progress.after(found.manifest),
         stop=stop,
         monitor=monitor,
+        held_out=held_out,
     )
     gc.freeze()  # what exists now stays; later collections look at the step's garbage alone
     end = run.train()

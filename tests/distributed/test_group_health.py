@@ -81,9 +81,7 @@ def test_both_engines_measure_the_same(runs, stage) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_update_ratio_is_how_far_the_step_before_moved_the_weights(
-    runs, stage, engine
-) -> None:
+def test_the_update_ratio_is_how_far_the_step_before_moved_the_weights(runs, stage, engine) -> None:
     found = runs[f"{stage} {engine}"]
     assert not named(found["health"][0], "update_ratio")  # nothing has moved
     for step in range(1, STEPS):
