@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from live_prometheus import Prometheus, end, launch, wait
+from live_prometheus import Prometheus, end, filled, launch, wait
 
 
 def rank_process(run_dir: Path, rank: int) -> int:
@@ -61,7 +61,7 @@ def test_targets_come_and_go_a_stopped_rank_pages_and_a_preemption_does_not(
             'count_over_time(ALERTS{alertstate="firing",severity="page"}[10m])', "alertname"
         )
         assert pages == {"TrainingStalled"}
-        assert {name for path, name, _ in prometheus.receiver.got if path == "/page"} == pages
+        assert prometheus.receiver.paged() == pages
     finally:
         end(launcher)
     sys.stdout.write(f"target file to scrape {found:.1f} s, hang to page {paged:.1f} s, ")
@@ -80,12 +80,10 @@ def test_a_full_disk_pages_and_the_page_goes_when_there_is_room(
             wait((tmp_path / "run").exists, "no run folder")
             disk.symlink_to(tmp_path / "disk")
             wait(lambda: prometheus.ask("cocoa_checkpoint_last_success_step > 0"), "no save")
-            ballast = tmp_path / "disk" / "ballast"
-            fill(ballast)
-            failing = ("/page", "CheckpointFailing", "firing")
-            wait(lambda: failing in prometheus.receiver.got, "a full disk pages nobody")
-            before = prometheus.ask("cocoa_checkpoint_last_success_step")[0]["value"][1]
-            ballast.unlink()
+            with filled(tmp_path / "disk"):
+                failing = ("/page", "CheckpointFailing", "firing")
+                wait(lambda: failing in prometheus.receiver.got, "a full disk pages nobody")
+                before = prometheus.ask("cocoa_checkpoint_last_success_step")[0]["value"][1]
             later = f"cocoa_checkpoint_last_success_step > {before}"
             wait(lambda: prometheus.ask(later), "no save after there was room")
         finally:
@@ -103,13 +101,3 @@ def small_disk(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(2**20))
-                file.flush()
-        except OSError:
-            pass

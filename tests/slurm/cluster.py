@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from live_prometheus import Place
+
 PACKAGES = {
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
@@ -30,6 +32,7 @@ NODES = ("n1", "n2", "n3", "n4")
 SLURMD_TIMEOUT = 8  # s without a sign of life until a node is down and its jobs are requeued
 REQUEUE_HOLD = 5  # s a requeued job is held; the least SLURM takes; its default is 120
 KILL_WAIT = 6  # s between SIGTERM and SIGKILL
+SMALL_DISK = "60m"
 GRACE_SECONDS = 30  # s a preempted job of partition `low` may take to leave
 _NET = "10.213.78"
 _PR_SET_PDEATHSIG = 1
@@ -89,6 +92,7 @@ hostname "$name"
 mount -t proc proc /proc
 mount -t tmpfs -o size=512m,mode=1777 shm /dev/shm
 mount --bind "$dir/etc/hosts" /etc/hosts
+[ "$name" != login ] || mount -t tmpfs -o size=@SMALL@,mode=1777 small "$dir/small"
 until [ -e "$dir/run/$name.wired" ]; do sleep 0.02; done
 export SLURM_CONF=$dir/etc/slurm.conf
 "$@" &
@@ -132,7 +136,7 @@ class Cluster:
     def up(self) -> float:
         """Start everything; return the seconds it took."""
         began = time.monotonic()
-        for name in ("etc", "munge", "state", "spool", "log", "run", "dev"):
+        for name in ("etc", "munge", "state", "spool", "log", "run", "dev", "small"):
             (self.dir / name).mkdir()
         self.dir.chmod(0o755)
         self._configure()
@@ -168,6 +172,11 @@ class Cluster:
         if check and done.returncode:
             raise AssertionError(f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout
+
+    def login_place(self) -> Place:
+        """Return where servers on the login node run."""
+        network = Path(f"/proc/{self._machines['login'].pid}/ns/net")
+        return Place(enter=tuple(self._enter("login", self.dir)), network=network)
 
     def login_process(
         self, *command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
@@ -232,6 +241,15 @@ class Cluster:
                 continue
         return found
 
+    @property
+    def small_disk(self) -> Path:
+        """A folder of SMALL_DISK bytes that every node sees; `from_outside` tells where we do."""
+        return self.dir / "small"
+
+    def from_outside(self, path: Path) -> Path:
+        """Return under which name this process sees a file of the login node."""
+        return Path(f"/proc/{self._machines['login'].pid}/root{path}")
+
     def machine_pid(self, node: str) -> int:
         """Return the first process of a node, as seen from outside."""
         return self._machines[node].pid
@@ -272,7 +290,7 @@ class Cluster:
         lines = ["127.0.0.1 localhost", f"{_NET}.1 login"]
         lines += [f"{self._address(node)} {node}" for node in NODES]
         (self.dir / "etc/hosts").write_text("\n".join(lines) + "\n")
-        (self.dir / "run/init").write_text(_INIT)
+        (self.dir / "run/init").write_text(_INIT.replace("@SMALL@", SMALL_DISK))
         (self.dir / "run/init").chmod(0o755)
 
     def _start_munged(self) -> None:
@@ -293,8 +311,12 @@ class Cluster:
     def _boot_machine(self, name: str, *daemon: str) -> None:
         wired = self.dir / f"run/{name}.wired"
         wired.unlink(missing_ok=True)
+        # Nodes see the login node's mounts: the small disk is shared, and this machine has none.
+        login = self._machines.get("login")
+        within = ("nsenter", "-t", str(login.pid), "-m") if login else ()
         holder = _spawn(
             [
+                *within,
                 *("unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork"),
                 *("--kill-child", str(self.dir / "run/init"), name, str(self.dir), *daemon),
             ],

@@ -55,14 +55,17 @@ class Site:
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
         return path
 
-    def write_cluster_file(self, *, steady: bool = True, **environment: object) -> Path:
+    def write_cluster_file(
+        self, *, steady: bool = True, trainer: tuple[str, ...] = (), **environment: object
+    ) -> Path:
+        """Write it for the steady trainer, for the real one, or for a script of the tests."""
         tree: dict[str, object] = {
             "environment": {name: str(value) for name, value in environment.items()},
             "network_interface": "eth0",
             "health": {"min_free_disk_mb": 10, "min_free_memory_mb": 100},
         }
-        if steady:
-            tree["rank_command"] = [str(self.python), str(STEADY)]
+        if steady or trainer:
+            tree["rank_command"] = [str(self.python), *(trainer or (str(STEADY),))]
         path = self.folder / "cluster.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
