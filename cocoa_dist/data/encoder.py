@@ -142,15 +142,18 @@ class StepEncoder:
         return source.reader.info.tokenizer_sha256 == self.vocabulary.sha256 != ""
 
     def _tight_bounds(self, source: RecordSource) -> Bounds:
-        reader, count = source.reader, source.num_records
-        counted = self._counted(source)
+        """Return bounds that know each record's texts and where its pictures are; none is read."""
+        count, counted = source.num_records, self._counted(source)
+        columns = source.reader.index_columns(0, count, counted=counted)
+        texts, first = columns.num_text_tokens.tolist(), columns.first_picture.tolist()
+        sizes = list(zip(columns.heights.tolist(), columns.widths.tolist(), strict=True))
         bounds = np.empty((count, 2), dtype=np.int64)
         for number in range(count):
             bounds[number] = length_bound(
                 self.stage.data.view,
-                num_text_tokens=int(reader.num_text_tokens[number]) if counted else -1,
-                image_sizes=reader.image_sizes(number),
-                record=source.readable(number),
+                num_text_tokens=texts[number],
+                image_sizes=sizes[first[number] : first[number + 1]],
+                record=source.outline(number),
                 vocabulary=self.vocabulary,
                 settings=self.settings,
             )

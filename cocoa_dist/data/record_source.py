@@ -1,7 +1,6 @@
-"""Records of one data set as a loader asks for them: kept decoded, and by name where they fail."""
+"""Records of one data set as a loader asks for them, and by name where they fail."""
 
 import json
-from collections import OrderedDict
 
 from cocoa_dist.batch import BadRecord
 from cocoa_dist.config import resolve_path
@@ -9,8 +8,6 @@ from cocoa_dist.data.records import Record
 from cocoa_dist.data.shards import ShardReader
 
 LEFT_OUT = "left out"  # the reason of a record that the recipe does without
-_CACHE_BYTES = 64 * 2**20
-_OVERHEAD_BYTES = 8192  # of a decoded record beside its pictures, generously
 
 # What a reason says, and the kind it is counted under; the first one found counts.
 _KINDS = (
@@ -34,7 +31,7 @@ _KINDS = (
 
 
 class RecordSource:
-    """Records of one data set, the last used ones kept decoded (reading one costs 160 us)."""
+    """Records of one data set; none is kept, reading one costs 10 us (tools/bench_data.py)."""
 
     def __init__(
         self,
@@ -49,27 +46,18 @@ class RecordSource:
         self.name = name
         self.reader = reader
         self.num_records = num_records
-        self._kept: OrderedDict[int, Record] = OrderedDict()
-        self._num_bytes = 0
 
     def record(self, number: int) -> Record:
         """Return a record. Raises ValueError for a damaged one, OSError if the store fails."""
-        found = self._kept.get(number)
-        if found is not None:
-            self._kept.move_to_end(number)
-            return found
-        record = self.reader.record(number)
-        self._kept[number] = record
-        self._num_bytes += _record_bytes(record)
-        while self._num_bytes > _CACHE_BYTES:
-            _, dropped = self._kept.popitem(last=False)
-            self._num_bytes -= _record_bytes(dropped)
-        return record
+        return self.reader.record(number)
 
-    def readable(self, number: int) -> Record | None:
-        """Return a record, or None: a damaged one is named when its turn comes."""
+    def outline(self, number: int) -> Record | None:
+        """Return a record with empty pictures, or None: a damaged one is named when its turn comes.
+
+        OSError if the store fails.
+        """
         try:
-            return self.record(number)
+            return self.reader.outline(number)
         except ValueError:
             return None
 
@@ -121,7 +109,3 @@ def read_left_out(path: str | None) -> dict[str, frozenset[int]]:
 def fault_kind(reason: str) -> str:
     """Return the kind under which a reason is counted."""
     return next((kind for words, kind in _KINDS if words in reason), "other")
-
-
-def _record_bytes(record: Record) -> int:
-    return _OVERHEAD_BYTES + sum(map(len, record.images))

@@ -15,7 +15,7 @@ import pyarrow as pa
 from cocoa_dist.data.store import Store, open_store
 from cocoa_dist.manifest import sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 RECORD_INDEX = "index/records.arrow"
 BATCH_INDEX = "index/batches.arrow"
@@ -28,17 +28,20 @@ UNREADABLE = 0  # height and width of a picture whose header cannot be read
 
 _PART = pa.struct([("kind", pa.string()), ("text", pa.string()), ("image", pa.int32())])
 _SIDE = pa.list_(_PART)
+# What training reads comes first and lies together: headers, then pictures. The columns behind them
+# say the same for other programs, and cost no read.
 SCHEMA = pa.schema(
     [
+        ("header", pa.string()),  # JSON of all but meta and pictures, see records.joined_header
+        ("meta", pa.string()),  # JSON
+        ("images", pa.list_(pa.large_binary())),
         ("key", pa.string()),
         ("task", pa.string()),
         ("query", _SIDE),
         ("positives", pa.list_(_SIDE)),
         ("negatives", pa.list_(_SIDE)),
         ("target", _SIDE),
-        ("images", pa.list_(pa.large_binary())),
         ("identity", pa.string()),
-        ("meta", pa.string()),  # JSON
         ("crc32", pa.uint32()),  # records.record_crc32
     ]
 )
@@ -59,6 +62,16 @@ BATCH_INDEX_SCHEMA = pa.schema(
         ("num_rows", pa.int32()),
         ("offset", pa.int64()),  # bytes from the start of the shard to the batch's IPC message
         ("length", pa.int64()),  # bytes of that message
+        # Where buffers of the message begin, in bytes from its start; see BatchPlace
+        ("header_offsets", pa.int64()),
+        ("header_data", pa.int64()),
+        ("meta_offsets", pa.int64()),
+        ("meta_data", pa.int64()),
+        ("picture_counts", pa.int64()),
+        ("picture_offsets", pa.int64()),
+        ("picture_data", pa.int64()),
+        ("picture_bytes", pa.int64()),  # in all pictures of the batch
+        ("head_crc32", pa.uint32()),  # over [header_offsets, picture_data)
     ]
 )
 

@@ -1,13 +1,15 @@
 """Arrow shards: reading any record of a data set by its number, from a folder or object store.
 
-Batches are read with one `pread` or ranged GET each, at offsets from the index, never through
-mmap, and every record is compared with its checksum. No torch here; nothing is decoded.
-`shard_format` says what the files are, `writing` makes them.
+From a folder a record is one `pread` of its pictures, behind one for the headers of its batch; from
+an object store a batch is one ranged GET. Never through mmap: a file that is cut would end the
+process. Every record is compared with its checksum. No torch here; no picture is decoded.
+`shard_format` says what the files are, `shard_batch` where bytes lie, `writing` makes them.
 """
 
 import hashlib
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 
 from cocoa_dist.config import is_remote
 from cocoa_dist.data.bounds import IndexColumns
-from cocoa_dist.data.records import Record, from_row, record_crc32
+from cocoa_dist.data.records import Record, stored_crc32, trusted_record
+from cocoa_dist.data.shard_batch import BatchPlace, ShardBatch
 from cocoa_dist.data.shard_format import (
     BATCH_INDEX,
     BATCH_INDEX_SCHEMA,
@@ -50,6 +53,7 @@ __all__ = [
 ]
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
+_PICTURE_BYTES = BatchPlace._fields.index("picture_bytes")
 CHECKED_RECORDS = 2_000_000  # the index of a larger data set is not read whole at every opening
 
 
@@ -83,14 +87,14 @@ class ShardReader:
         records = _read_table(self._store, RECORD_INDEX, RECORD_INDEX_SCHEMA, check=whole)
         batches = _read_table(self._store, BATCH_INDEX, BATCH_INDEX_SCHEMA, check=whole)
         self._records = records
-        self._crc32, self._batch, self._row = (
-            _MappedColumn(records, name) for name in ("crc32", "batch", "row")
-        )
+        self._rows = _MappedRows(records)
         self._batch_shard = _column(batches, "shard")
-        self._batch_start = np.cumsum(_column(batches, "num_rows"), dtype=np.int64)
-        self._batch_start -= _column(batches, "num_rows")  # number of a batch's first record
+        self._batch_rows = _column(batches, "num_rows")
+        self._batch_start = np.cumsum(self._batch_rows, dtype=np.int64)
+        self._batch_start -= self._batch_rows  # number of a batch's first record
         self._batch_offset = _column(batches, "offset")
         self._batch_length = _column(batches, "length")
+        self._batch_places = [_column(batches, name) for name in BatchPlace._fields]
         self._check_index()
         self._state = _ProcessState()
 
@@ -115,22 +119,44 @@ class ShardReader:
 
         Raises ValueError, naming shard, row and key, if its bytes are not those that were written.
         """
-        row = self._arrow_row(number).to_pylist()[0]
+        expected, batch_number, row = self._rows[number]
+        batch = self._state.batches.get(batch_number) or self._batch(batch_number)
         try:
-            record = from_row(row)
+            header, extent = batch.header(row), batch.extent(row)
         except ValueError as error:
-            raise ValueError(f"{self._describe(number, row['key'])}: {error}") from error
-        found, expected = record_crc32(record), int(self._crc32[number])
+            raise self._damaged(number, str(error)) from error
+        if batch.is_whole:
+            pictures = batch.pictures(extent)
+        else:
+            pictures = self._read_pictures(batch, batch_number, extent)
+        found = stored_crc32(header, pictures)
         if found != expected:
-            raise ValueError(
-                f"{self._describe(number, record.key)}: crc32 is {found:#010x}, expected "
-                f"{expected:#010x}: the shard is damaged; rebuild the data set or restore the file"
-            )
-        return record
+            raise self._damaged(number, f"crc32 is {found:#010x}, expected {expected:#010x}")
+        return trusted_record(header, pictures)
+
+    def outline(self, number: int) -> Record:
+        """Return a record whose pictures are empty: what plans need, without reading pictures.
+
+        Raises ValueError if the headers of its batch are not those that were written.
+        """
+        _, batch_number, row = self._rows[number]
+        batch = self._state.batches.get(batch_number) or self._batch(batch_number)
+        if not batch.is_intact:
+            raise self._damaged(number, "the headers of its batch are not those written")
+        return trusted_record(batch.header(row), None)
+
+    def columns_of(self, number: int) -> tuple[pa.RecordBatch, int]:
+        """Return the columns that other programs read, of a record's batch, and its row in them.
+
+        Reads the whole batch, each time. Raises ValueError if it is damaged.
+        """
+        _, batch, row = self._rows[number]
+        return self._typed_batch(batch), row
 
     def key(self, number: int) -> str:
-        """Return the key of record `number`, without building the record or checking it."""
-        return str(self._arrow_row(number).column("key")[0].as_py())
+        """Return the key of a record that may be damaged. Raises ValueError if its batch is."""
+        columns, row = self.columns_of(number)
+        return str(columns.column("key")[row].as_py())
 
     def image_sizes(self, number: int) -> tuple[tuple[int, int], ...]:
         """Return (height, width) in pixels of the pictures of a record, from the index alone.
@@ -160,8 +186,8 @@ class ShardReader:
 
     def location(self, number: int) -> Location:
         """Return where record `number` lies, from the index alone."""
-        self._check_number(number)
-        shard = self._batch_shard[self._batch[number]]
+        _, batch, _ = self._rows[number]
+        shard = self._batch_shard[batch]
         first_batch = int(np.searchsorted(self._batch_shard, shard))
         return Location(shard_name(int(shard)), number - int(self._batch_start[first_batch]))
 
@@ -180,9 +206,9 @@ class ShardReader:
             state.cached_bytes = 0
 
     def _check_index(self) -> None:
-        if len(self._crc32) != self.info.count or len(self._batch_shard) != self.info.num_batches:
+        if len(self._rows) != self.info.count or len(self._batch_shard) != self.info.num_batches:
             raise ValueError(
-                f"{self.path}: the index has {len(self._crc32)} records in "
+                f"{self.path}: the index has {len(self._rows)} records in "
                 f"{len(self._batch_shard)} batches, the manifest {self.info.count} in "
                 f"{self.info.num_batches}; rebuild the data set or restore the index"
             )
@@ -199,65 +225,95 @@ class ShardReader:
         if not 0 <= number < self.info.count:
             raise IndexError(f"{self.path} has records 0 to {self.info.count - 1}, not {number}")
 
-    def _describe(self, number: int, key: str) -> str:
+    def _damaged(self, number: int, what: str) -> ValueError:
+        """Return the error for a record whose bytes are not those that were written."""
         location = self.location(number)
-        return f"{self.path}/{location.shard}: row {location.row} (record {number}, key {key!r})"
+        try:
+            key = repr(self.key(number))
+        except (ValueError, OSError):
+            key = "unreadable"
+        return ValueError(
+            f"{self.path}/{location.shard}: row {location.row} (record {number}, key {key}): "
+            f"{what}: the shard is damaged; rebuild the data set or restore the file"
+        )
 
-    def _arrow_row(self, number: int) -> pa.RecordBatch:
-        self._check_number(number)
-        return self._arrow_batch(int(self._batch[number])).slice(int(self._row[number]), 1)
-
-    def _arrow_batch(self, batch: int) -> pa.RecordBatch:
+    def _batch(self, number: int) -> ShardBatch:
         """Return a batch from the cache, or read it. Two threads may read the same one."""
         state = self._process_state()
+        batch = state.batches.get(number)
+        if batch is not None:
+            return batch
+        batch = self._read_batch(number)
         with state.lock:
-            if batch in state.batches:
-                state.batches.move_to_end(batch)
-                return state.batches[batch]
-        decoded = self._read_batch(batch)
-        with state.lock:
-            if batch not in state.batches:
-                state.batches[batch] = decoded
-                state.cached_bytes += int(self._batch_length[batch])
+            if number not in state.batches:
+                state.batches[number] = batch
+                state.cached_bytes += batch.num_bytes
             while state.cached_bytes > self._cache_bytes and len(state.batches) > 1:
-                dropped, _ = state.batches.popitem(last=False)
-                state.cached_bytes -= int(self._batch_length[dropped])
-        return decoded
+                _, dropped = state.batches.popitem(last=False)
+                state.cached_bytes -= dropped.num_bytes
+        return batch
 
     def _process_state(self) -> "_ProcessState":
-        """Return this process's files and cache; a forked child starts with none."""
+        """Return this process's cache and lock; a forked child may inherit a lock that is held."""
         if self._state.pid != os.getpid():
             self._state = _ProcessState()
         return self._state
 
-    def _read_batch(self, batch: int) -> pa.RecordBatch:
-        offset, length = int(self._batch_offset[batch]), int(self._batch_length[batch])
-        name = shard_name(int(self._batch_shard[batch]))
-        file = f"{self.path}/{name}"
+    def _read_batch(self, number: int) -> ShardBatch:
+        """Read the head of a batch, and its pictures too from a store that is far."""
+        place = BatchPlace(*(int(column[number]) for column in self._batch_places))
+        offset = int(self._batch_offset[number])
+        end = place.picture_data + place.picture_bytes * self._store.is_far
+        begin = place.header_offsets
+        name = shard_name(int(self._batch_shard[number]))
+        data = self._read(name, number, offset=offset + begin, length=end - begin)
+        rows = int(self._batch_rows[number])
+        return ShardBatch(data, place, name=name, offset=offset, rows=rows)
+
+    def _read_pictures(self, batch: ShardBatch, number: int, extent: tuple[int, int]) -> bytes:
+        """Read the pictures of one record; at the second one of a batch the others are near."""
+        begin, end = extent
+        if begin == end:
+            return b""
+        batch.reads += 1
+        if batch.reads == 2:
+            length = int(self._batch_places[_PICTURE_BYTES][number])
+            self._store.expect(batch.name, offset=batch.first_picture, length=length)
+        offset = batch.first_picture + begin
+        return self._read(batch.name, number, offset=offset, length=end - begin)
+
+    def _read(self, name: str, batch: int, *, offset: int, length: int) -> bytes:
         data = self._store.read_range(name, offset=offset, length=length)
         if len(data) != length:
             raise ValueError(
-                f"{file}: batch {batch} at byte {offset} has {len(data)} bytes, expected {length}: "
-                "the file was cut; rebuild the data set or restore the file"
+                f"{self.path}/{name}: batch {batch} at byte {offset} has {len(data)} bytes, "
+                f"expected {length}: the file was cut; rebuild the data set or restore the file"
             )
+        return data
+
+    def _typed_batch(self, number: int) -> pa.RecordBatch:
+        """Return all columns of a batch, pictures included. Raises ValueError if it is damaged."""
+        offset, length = int(self._batch_offset[number]), int(self._batch_length[number])
+        name = shard_name(int(self._batch_shard[number]))
+        data = self._read(name, number, offset=offset, length=length)
         try:
             decoded = pa.ipc.read_record_batch(pa.py_buffer(data), SCHEMA)
             decoded.validate(full=True)  # damaged offsets would read outside the buffer
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{file}: batch {batch} at byte {offset} is damaged ({error}); rebuild the data "
-                "set or restore the file"
+                f"{self.path}/{name}: batch {number} at byte {offset} is damaged ({error}); "
+                "rebuild the data set or restore the file"
             ) from error
         return decoded
 
 
 @dataclass
 class _ProcessState:
-    """What belongs to one process: decoded batches, oldest use first."""
+    """What belongs to one process: batches, the first one read first."""
 
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    batches: OrderedDict[int, pa.RecordBatch] = field(default_factory=OrderedDict)
+    batches: OrderedDict[int, ShardBatch] = field(default_factory=OrderedDict)
     cached_bytes: int = 0
 
 
@@ -283,20 +339,25 @@ def _mapped(store: Store, name: str) -> pa.Buffer | pa.MemoryMappedFile:
     return pa.memory_map(f"{store.location}/{name}")
 
 
-class _MappedColumn:
-    """A column whose values are looked up one by one, where they lie in the file."""
+class _MappedRows:
+    """(crc32, batch, row) of every record, looked up one by one where they lie in the file."""
 
-    def __init__(self, table: pa.Table, name: str) -> None:
-        self._chunks = [chunk.to_numpy() for chunk in table.column(name).chunks]
-        lengths = [len(chunk) for chunk in self._chunks]
-        self._ends = np.cumsum(lengths, dtype=np.int64)
+    def __init__(self, table: pa.Table) -> None:
+        chunks = table.select(["crc32", "batch", "row"]).to_batches()
+        self._chunks = [[memoryview(c.to_numpy()) for c in chunk.columns] for chunk in chunks]
+        self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64).tolist()
+        self._count = self._ends[-1] if self._ends else 0
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._count
 
-    def __getitem__(self, number: int) -> int:
-        chunk = int(np.searchsorted(self._ends, number, side="right"))
-        return int(self._chunks[chunk][number - int(self._ends[chunk])])  # counted from its end
+    def __getitem__(self, number: int) -> tuple[int, int, int]:
+        if not 0 <= number < self._count:
+            raise IndexError(f"the data set has records 0 to {self._count - 1}, not {number}")
+        chunk = bisect_right(self._ends, number)
+        crc32, batch, row = self._chunks[chunk]
+        number -= self._ends[chunk]  # counted from the chunk's end
+        return crc32[number], batch[number], row[number]
 
 
 def _column(table: pa.Table, name: str) -> NDArray[Any]:

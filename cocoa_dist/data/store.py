@@ -5,13 +5,13 @@ after that it is taken to be down for a while, and fails at once. Clients and de
 one process and are made when they are first needed, so a fork is harmless.
 """
 
+import contextlib
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,6 +23,7 @@ LOCAL_PAUSES = (0.1, 0.5, 2.0)  # seconds before trying again: a network file sy
 REMOTE_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # a server that restarts takes a minute
 DOWN_SECONDS = 30.0  # a store that used up its pauses fails at once for so long
 _PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_NEVER = float("-inf")
 _JITTER = 0.25  # of a pause, so that ranks do not come back all at once
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ class Store(Protocol):
     """Files by name. Raises FileNotFoundError for one that is not there, OSError for all else."""
 
     @property
+    def is_far(self) -> bool:
+        """Whether a read takes milliseconds: better one large than many small ones."""
+
+    @property
     def location(self) -> str:
         """The folder's path or URL, as a recipe may name it."""
 
@@ -42,6 +47,9 @@ class Store(Protocol):
 
     def read_range(self, name: str, *, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer only at the end of the file."""
+
+    def expect(self, name: str, *, offset: int, length: int) -> None:
+        """Say that these bytes will soon be read piece by piece. Costs nothing, never fails."""
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Return the sizes, in bytes, of those files that are there."""
@@ -64,11 +72,17 @@ def open_store(location: str | Path) -> "Store":
 
 
 class LocalStore:
-    """A folder. Descriptors stay open; one that failed is opened anew."""
+    """A folder. Descriptors stay open; one that failed is opened anew.
+
+    A forked child goes on with the descriptors it was given: pread has no position to share.
+    """
+
+    is_far = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = _PerProcess[dict[str, int]](dict)
+        self._open: dict[str, int] = {}
+        self._lock = _PerProcess[None](lambda: None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (LocalStore, (self.folder,))
@@ -84,17 +98,25 @@ class LocalStore:
 
     def read_range(self, name: str, *, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer only at the end of the file."""
-        descriptor = self._descriptor(name)
-        pieces = []
+        descriptor = self._open.get(name, -1)
+        if descriptor < 0:
+            descriptor = self._descriptor(name)
         try:
-            while length > 0 and (piece := os.pread(descriptor, length, offset)):
-                pieces.append(piece)
-                offset += len(piece)
-                length -= len(piece)
+            data = os.pread(descriptor, length, offset)
+            while len(data) < length and (
+                more := os.pread(descriptor, length - len(data), offset + len(data))
+            ):
+                data += more
         except OSError:
             self._forget(name, descriptor)  # a stale handle of a network file system stays stale
             raise
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return data
+
+    def expect(self, name: str, *, offset: int, length: int) -> None:
+        """Ask the kernel to read ahead."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor(name), offset, length, os.POSIX_FADV_WILLNEED)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Return the sizes, in bytes, of those files that are there."""
@@ -103,27 +125,28 @@ class LocalStore:
 
     def close(self) -> None:
         """Close all descriptors."""
-        with self._open.lock() as descriptors:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-            descriptors.clear()
+        with self._lock.lock():
+            for name in list(self._open):
+                os.close(self._open.pop(name))
 
     def _descriptor(self, name: str) -> int:
-        with self._open.lock() as descriptors:
-            if name not in descriptors:
+        with self._lock.lock():
+            if name not in self._open:
                 flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-                descriptors[name] = os.open(self.folder / name, flags)
-            return descriptors[name]
+                self._open[name] = os.open(self.folder / name, flags)
+            return self._open[name]
 
     def _forget(self, name: str, descriptor: int) -> None:
-        with self._open.lock() as descriptors:
-            if descriptors.get(name) == descriptor:
-                del descriptors[name]
+        with self._lock.lock():
+            if self._open.get(name) == descriptor:
+                del self._open[name]
                 os.close(descriptor)
 
 
 class MscStore:
     """A folder of an object store, through multi-storage-client and its profiles."""
+
+    is_far = True
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -147,6 +170,9 @@ class MscStore:
 
         part = Range(offset=offset, size=length)
         return self._ask(lambda client, folder: bytes(client.read(f"{folder}/{name}", part)), name)
+
+    def expect(self, name: str, *, offset: int, length: int) -> None:
+        """Do nothing: there is no cache to fill."""
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Return the sizes, in bytes, of those objects that are there; one listing for all."""
@@ -211,7 +237,7 @@ class PatientStore:
     pauses: tuple[float, ...]
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
-    _down_until: float = field(default=float("-inf"), repr=False)
+    _down_until: float = field(default=_NEVER, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (PatientStore, (self.store, self.pauses))
@@ -227,7 +253,27 @@ class PatientStore:
 
     def read_range(self, name: str, *, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on, fewer only at the end of the file."""
-        return self._patiently(lambda: self.store.read_range(name, offset=offset, length=length))
+        if self._down_until == _NEVER:  # the common case, a microsecond sooner
+            try:
+                return self.store.read_range(name, offset=offset, length=length)
+            except _PERMANENT:
+                raise
+            except OSError as error:
+                failed = error
+        else:
+            failed = None
+        return self._patiently(
+            lambda: self.store.read_range(name, offset=offset, length=length), failed
+        )
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the store is."""
+        return self.store.is_far
+
+    def expect(self, name: str, *, offset: int, length: int) -> None:
+        """Pass it on."""
+        self.store.expect(name, offset=offset, length=length)
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Return the sizes, in bytes, of those files that are there."""
@@ -238,10 +284,19 @@ class PatientStore:
         """Close the store."""
         self.store.close()
 
-    def _patiently(self, question: Callable[[], _Result]) -> _Result:
+    def _patiently(self, question: Callable[[], _Result], failed: OSError | None = None) -> _Result:
+        """Ask until there is an answer; `failed`: what it said when it was asked just now."""
+
+        def ask() -> _Result:
+            nonlocal failed
+            if failed is None:
+                return question()
+            error, failed = failed, None
+            raise error
+
         for pause in self.pauses if self.now() >= self._down_until else ():
             try:
-                return question()
+                return ask()
             except _PERMANENT:
                 raise
             except OSError as error:
@@ -250,13 +305,13 @@ class PatientStore:
                 log.warning("%s fails, trying again in %.1f s: %s", self.location, seconds, error)
                 self.sleep(seconds)
         try:
-            answer = question()
+            answer = ask()
         except _PERMANENT:
             raise
         except OSError:
             self._down_until = self.now() + DOWN_SECONDS
             raise
-        self._down_until = float("-inf")
+        self._down_until = _NEVER
         return answer
 
 
@@ -270,7 +325,7 @@ class _PerProcess(Generic[_Result]):
         self._make = make
         self._renew()
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[_Result]:
         """Hold the lock and use the value."""
         if self._pid != os.getpid():

@@ -349,6 +349,16 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         run(ListSource(), tmp_path / "set", tokenizer=tmp_path)
 
 
+def test_a_build_is_not_finished_in_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    with pytest.raises(ValueError, match="is not a whole Parquet file"):
+        run(ListSource(damaged_at=60), path)
+    plan = path / ".build" / "plan.json"
+    plan.write_text(plan.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match="shards of another build: format changed since"):
+        run(ListSource(), path)
+
+
 def test_verify_passes_what_was_written(built: Path) -> None:
     report = verify_dataset(built, tokenizer=TOKENIZER)
     assert (report.num_problems, report.records, report.tokens_counted_again) == (0, 87, True)
@@ -359,6 +369,11 @@ def damage(path: Path, kind: str) -> None:
         file = path / "shard-00002.arrow"
         data = bytearray(file.read_bytes())
         data[data.index(b"IDAT") + 6] ^= 1
+        file.write_bytes(data)
+    elif kind == "column":  # which training does not read
+        file = path / "shard-00002.arrow"
+        data = bytearray(file.read_bytes())
+        data[data.rindex(b"thing number")] ^= 1
         file.write_bytes(data)
     elif kind in ("tokens", "size"):  # an index that does not fit, under a manifest that does
         import pyarrow as pa
@@ -384,6 +399,7 @@ def damage(path: Path, kind: str) -> None:
     ("kind", "messages"),
     [
         ("pixel", ["shard-00002.arrow has sha256", "crc32 is 0x"]),
+        ("column", ["shard-00002.arrow has sha256", "its columns are not its header's"]),
         ("tokens", ["records.arrow has sha256", r"the index has 99"]),
         ("size", ["records.arrow has sha256", r"the index has ((99, 5),)"]),
     ],

@@ -10,6 +10,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pytest
 
 from cocoa_dist.data import shards
-from cocoa_dist.data.records import Record, image_part, record_crc32, text_part
+from cocoa_dist.data.records import Record, from_row, image_part, record_crc32, text_part
 from cocoa_dist.data.shard_format import SCHEMA
 from cocoa_dist.data.shards import Location, ShardReader, remove_dataset, verify, write_shards
+from cocoa_dist.data.store import LocalStore
 from cocoa_dist.data.writing import dataset
 
 NUM_RECORDS = 23
@@ -298,8 +300,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         (b"{", "is damaged"),
         (b"[]", "is damaged"),
         (b"{}", "is damaged"),
-        (b'{"schema_version": 99}', "schema_version 99, expected 1"),
-        (b'{"schema_version": 1}', r"lacks \['bytes'"),
+        (b'{"schema_version": 99}', "schema_version 99, expected 2"),
+        (b'{"schema_version": 2}', r"lacks \['bytes'"),
     ],
 )
 def test_a_bad_manifest_is_named(content: bytes, message: str, copy: Path) -> None:
@@ -364,10 +366,11 @@ def test_no_flipped_byte_goes_unseen(copy: Path) -> None:
         reader.close()
         try:
             assert [reader.record(i) for i in range(BATCH)] == list(make_records(BATCH))
-            num_unharmed += 1  # padding, or a checksum column that nothing relies on
+            num_unharmed += 1  # padding, or a column that is for other programs
         except ValueError as error:
             messages.append(str(error))
-    assert len(messages) > num_unharmed > 0
+    assert len(messages) > 50
+    assert num_unharmed > 0
     assert all("shard-00000.arrow" in message for message in messages)
 
 
@@ -415,13 +418,15 @@ def test_files_are_opened_when_they_are_needed(written: Path) -> None:
 
 def test_the_cache_is_bounded_in_bytes(written: Path) -> None:
     probe = ShardReader(written)
-    two_batches = int(probe._batch_length[0] + probe._batch_length[1])
+    probe.record(0)
+    probe.record(NUM_RECORDS - 1)
+    two_batches = probe._state.cached_bytes
     reader = ShardReader(written, cache_bytes=two_batches)
     for number in [*range(NUM_RECORDS), *range(NUM_RECORDS)]:
         assert reader.record(number) == make_record(number)
         assert reader._state.cached_bytes <= two_batches
     assert reader._state.cached_bytes == sum(
-        int(reader._batch_length[batch]) for batch in reader._state.batches
+        batch.num_bytes for batch in reader._state.batches.values()
     )
     reader.close()
 
@@ -431,6 +436,88 @@ def test_a_cached_batch_is_not_read_again(written: Path, monkeypatch: pytest.Mon
     reader.record(0)
     monkeypatch.setattr(reader, "_read_batch", None)
     assert reader.record(3) == make_record(3)
+    reader.close()
+
+
+def test_a_record_is_read_alone_and_the_rest_of_its_batch_expected(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ShardReader(written)
+    sizes: list[int] = []
+    expected: list[tuple[str, int]] = []
+    pread = os.pread
+
+    def counted(descriptor: int, length: int, offset: int) -> bytes:
+        sizes.append(length)
+        return pread(descriptor, length, offset)
+
+    def expect(_: object, name: str, *, offset: int, length: int) -> None:
+        expected.append((name, length))
+
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(LocalStore, "expect", expect)
+    one = len(png(11, 20))
+    for number in (5, 4, 5, 7):  # one batch: two pictures, one, two, one that is none
+        reader.record(number)
+    assert sizes[1:] == [2 * one, one, 2 * one, len(b"not a picture")]
+    assert sizes[0] < reader._batch_length[1]
+    assert expected == [("shard-00000.arrow", 3 * one + len(b"not a picture"))]
+    reader.close()
+
+
+def test_a_store_that_is_far_is_asked_once_for_a_batch(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalStore, "is_far", True)
+    reader = ShardReader(written)
+    asked: list[tuple[str, int]] = []
+    read_range = LocalStore.read_range
+
+    def counted(store: LocalStore, name: str, *, offset: int, length: int) -> bytes:
+        asked.append((name, length))
+        return read_range(store, name, offset=offset, length=length)
+
+    monkeypatch.setattr(LocalStore, "read_range", counted)
+    assert [reader.record(n) for n in range(NUM_RECORDS)] == list(make_records())
+    assert len(asked) == reader.info.num_batches
+    assert sum(length for _, length in asked) == sum(
+        batch.num_bytes for batch in reader._state.batches.values()
+    )
+    reader.close()
+
+
+def test_an_outline_is_the_record_without_its_pictures(written: Path) -> None:
+    reader = ShardReader(written)
+    for number, record in enumerate(make_records()):
+        outline = reader.outline(number)
+        assert outline.images == (b"",) * len(record.images)
+        assert replace(outline, images=record.images) == record
+    reader.close()
+
+
+def test_no_outline_is_given_of_headers_that_changed(copy: Path) -> None:
+    file = copy / "shard-00001.arrow"
+    flip_byte(file, file.read_bytes().index(b"query 13"))
+    reader = ShardReader(copy)
+    for number in (12, 13):  # which of the batch it is, nobody can say without the pictures
+        with pytest.raises(ValueError, match="the headers of its batch are not those written"):
+            reader.outline(number)
+    assert reader.outline(11).key == "record-011"
+
+
+def test_columns_for_other_programs_say_what_the_header_says(reader: ShardReader) -> None:
+    for number, record in enumerate(make_records()):
+        batch, row = reader.columns_of(number)
+        assert from_row(batch.slice(row, 1).to_pylist()[0]) == record
+
+
+def test_a_shard_cut_between_two_records_of_a_batch_is_named(copy: Path) -> None:
+    reader = ShardReader(copy)
+    reader.record(4)
+    last = reader._state.batches[1].first_picture
+    os.truncate(copy / "shard-00000.arrow", last + 10)
+    with pytest.raises(ValueError, match=r"shard-00000\.arrow: batch 1 .* the file was cut"):
+        reader.record(5)
     reader.close()
 
 

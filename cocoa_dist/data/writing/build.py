@@ -22,6 +22,7 @@ from cocoa_dist.data.shard_format import (
     ENERGON_FOLDER,
     MANIFEST_NAME,
     REJECTED_LIST,
+    SCHEMA_VERSION,
     DatasetInfo,
     dataset_info,
     file_names,
@@ -298,6 +299,7 @@ def _shard_records(count: int, mean_bytes: float, *, batch: int) -> int:
 def _plan(job: Job) -> dict[str, Any]:
     """Return all that decides what comes out."""
     return {
+        "format": SCHEMA_VERSION,
         "rows": len(job.source),
         "source": hashlib.sha256(json.dumps(job.source.stamp).encode()).hexdigest(),
         "records_per_batch": job.records_per_batch,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cocoa_dist.data.images import image_size
 from cocoa_dist.data.records import Record, Side, side_texts, to_row
+from cocoa_dist.data.shard_batch import find_places
 from cocoa_dist.data.shard_format import (
     BUILD_FOLDER,
     RECORD_INDEX_SCHEMA,
@@ -54,7 +55,7 @@ class Part:
     sha256: str
     num_rows: int  # of the source
     num_records: int  # at most num_rows; 0: there is no shard file
-    batches: list[dict[str, int]] = field(repr=False)  # num_rows, offset, length
+    batches: list[dict[str, int]] = field(repr=False)  # rows of BATCH_INDEX, without the shard
     rejected: list[dict[str, str]] = field(repr=False)  # where, reason
 
 
@@ -173,9 +174,12 @@ class _PartBuilder:
         before = file.tell()
         self._writer.write_batch(encoded)
         # Arrow writes the file's header together with the first batch, so count from the end.
-        length = file.tell() - before if self.batches else encoded.serialize().size
+        message = encoded.serialize()
+        length = file.tell() - before if self.batches else message.size
+        assert length == message.size, f"a batch of {length} bytes, its message {message.size}"
+        places = find_places(message, SCHEMA)._asdict()
         entry = {"num_rows": len(batch), "offset": file.tell() - length, "length": length}
-        self.batches.append(entry)
+        self.batches.append(entry | places)
 
     def end(self, file: BinaryIO) -> None:
         """Write the footer of the Arrow file."""

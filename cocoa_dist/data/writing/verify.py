@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from cocoa_dist.data.images import image_size
-from cocoa_dist.data.records import Record
+from cocoa_dist.data.records import Record, from_row
 from cocoa_dist.data.shard_format import UNREADABLE, read_manifest
 from cocoa_dist.data.shards import ShardReader
 from cocoa_dist.data.writing.shard_file import count_text_tokens, key_hash
@@ -119,18 +120,31 @@ def _check_records(
 ) -> _Found:
     problems: list[str] = []
     hashes = []
+    kept: dict[int, dict[str, Any]] = {}
     for number in range(start, stop):
         try:
             record = reader.record(number)
+            same = from_row(_columns(reader, number, kept)) == record
         except (ValueError, OSError, pa.ArrowException) as error:
             problems.append(str(error))
             continue
         hashes.append(key_hash(record.key))
+        if not same:
+            problems.append(f"record {number} ({record.key!r}): its columns are not its header's")
         problems += [
             f"record {number} ({record.key!r}): {problem}"
             for problem in _against_index(reader, number, record, counter)
         ]
     return _Found(stop - start, problems, np.array(hashes, dtype=np.uint64))
+
+
+def _columns(reader: ShardReader, number: int, kept: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return what the columns for other programs say of a record; `kept`: those of its batch."""
+    if number not in kept:
+        batch, row = reader.columns_of(number)
+        kept.clear()
+        kept.update(enumerate(batch.to_pylist(), start=number - row))
+    return kept[number]
 
 
 def _against_index(
