@@ -51,6 +51,7 @@ class Bill:
         """Fold one line of the journal."""
         kind, request = line["e"], line.get("id", "")
         if kind == "sent":
+            self.killed += request in self.open  # sent again: the process before this one died
             self.open.add(request)
             self.sendings += 1
         elif kind == "answer":

@@ -6,8 +6,8 @@ The journal is told before a request goes out, and before its answer is used.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from cocoa_dist.data.synthesis.answers import Reply
@@ -18,6 +18,7 @@ from cocoa_dist.data.synthesis.pace import Pace, Patience
 
 _MARGIN = 1.1  # over the largest ratio of counted to estimated tokens
 _FIRST_RATIO = 2.0  # before any answer has told the ratio
+_LOOK_SECONDS = 0.05  # between looks at what others have spent
 _RATE_LIMITED_TRIES = 10  # times as many as of other failures: it works, only not now
 
 
@@ -36,23 +37,39 @@ class UnansweredError(Exception):
 class Budget:
     """What may be spent: answers so far, what is under way at its worst, and the next call."""
 
-    def __init__(self, journal: Journal, *, prices: Prices, limit: float | None) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        prices: Prices,
+        limit: float | None,
+        check: Callable[[], None],
+    ) -> None:
+        """`check` raises StoppedError when the run is to stop."""
         self.prices, self.limit = prices, limit
-        self._journal = journal
+        self._journal, self._check = journal, check
         self._under_way = 0.0
         self._ratio = 0.0
 
-    @contextmanager
-    def reserve(self, *, prompt_tokens: float, max_tokens: int) -> Iterator[None]:
-        """Hold the most that a call can cost. Raises BudgetError if that is not there."""
+    @asynccontextmanager
+    async def reserve(self, *, prompt_tokens: float, max_tokens: int) -> AsyncIterator[None]:
+        """Hold the most that a call can cost, once the calls under way leave room for it.
+
+        Raises BudgetError if they cannot.
+        """
         ratio = max(1.0, self._ratio * _MARGIN) if self._ratio else _FIRST_RATIO
         most = self.prices.cost(prompt_tokens=ratio * prompt_tokens, completion_tokens=max_tokens)
-        spent = self._journal.bill.at_most(self.prices)
-        if self.limit is not None and spent + self._under_way + most > self.limit:
-            raise BudgetError(
-                f"the budget of {self.limit:g} is used up: {spent:.4f} spent, the next call could "
-                f"cost {most:.4f}"
-            )
+        while self.limit is not None:
+            spent = self._journal.bill.at_most(self.prices)
+            if spent + self._under_way + most <= self.limit:
+                break
+            if spent + most > self.limit:
+                raise BudgetError(
+                    f"the budget of {self.limit:g} is used up: {spent:.4f} spent, the next call "
+                    f"could cost {most:.4f}"
+                )
+            self._check()
+            await asyncio.sleep(_LOOK_SECONDS)
         self._under_way += most
         try:
             yield
@@ -96,7 +113,7 @@ class Caller:
         failures = waits = 0
         draw = random.Random(f"{request}/{time.time_ns()}")  # spreads calls, changes no record
         while True:
-            with self._budget.reserve(prompt_tokens=prompt_tokens, max_tokens=max_tokens):
+            async with self._budget.reserve(prompt_tokens=prompt_tokens, max_tokens=max_tokens):
                 outcome = await self._send(request, body, row)
             if isinstance(outcome, Answered):
                 counted, _ = tokens_of(outcome.usage)

@@ -148,7 +148,12 @@ class _Run:
     async def run(self, on_progress: Callable[[Outcome], None]) -> None:
         """Work until all rows are ended, or the order to stop."""
         options = self._options
-        budget = Budget(self._journal, prices=options.prices, limit=options.budget)
+        budget = Budget(
+            self._journal,
+            prices=options.prices,
+            limit=options.budget,
+            check=self._stop.check,
+        )
         self._pace = Pace(
             requests_per_minute=options.requests_per_minute,
             patience=options.patience,
