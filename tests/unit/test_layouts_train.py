@@ -57,6 +57,8 @@ CASES = {
     "mmeb pictures, pair": (mmeb_of_pictures, "mmeb", "pair"),
     "interleaved, caption": (interleaved, "interleaved", "caption"),
     "interleaved, language": (interleaved, "interleaved", "language"),
+    "pictures, caption": (captions, "pictures", "caption"),
+    "pictures, bridged": (captions, "pictures", "bridged"),
     "dialogues, bridged": (dialogues, "dialogues", "bridged"),
     "dialogues, caption": (dialogues, "dialogues", "caption"),
 }

@@ -1,5 +1,6 @@
 """Asking a model about pictures: every way in which it goes wrong has a name, and a bill."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from made_sources import png
 from mllm_server import COMPLETION_TOKENS, KEY, PROMPT_TOKENS, Fault, Model, picture_of, serving
 
 from cocoa_dist.data.records import Record
+from cocoa_dist.data.synthesis import journal
 from cocoa_dist.data.synthesis.assemble import SynthesisSource
 from cocoa_dist.data.synthesis.bill import Prices
 from cocoa_dist.data.synthesis.endpoint import EndpointStopError
@@ -375,6 +377,67 @@ def test_a_damaged_line_is_named(pictures: Source, tmp_path: Path) -> None:
         file.write_bytes(b"".join([*whole[:2], b"\0" * 40 + b"\n", *whole[3:]]))
         with pytest.raises(ValueError, match="line 3 is damaged"):
             run(address, pictures, tmp_path)
+
+
+def test_a_picture_that_changed_since_is_not_given_another_ones_words(tmp_path: Path) -> None:
+    source, model = made(tmp_path, 3), Model(faults=lambda number, body: "500" if number else None)
+    with serving(model) as address:
+        run(address, source, tmp_path, concurrency=1)  # the first one is answered
+        (tmp_path / "pictures" / "00.png").write_bytes(png(77))
+        rows = assembled(plan(address), source, tmp_path, 1)
+        assert rows[0].reason.startswith("picture has changed: ")  # type: ignore[union-attr]
+        (tmp_path / "pictures" / "01.png").write_bytes(png(78))
+        with pytest.raises(ValueError, match=r"01.png is another picture than the one"):
+            run(address, source, tmp_path)
+
+
+def test_an_endpoint_that_refuses_everything_is_not_shown_all_pictures(tmp_path: Path) -> None:
+    model = Model(faults=lambda number, body: "400")
+    patience = Patience(breaker_failures=5)
+    with pytest.raises(NothingWorksError, match="refuses every request, the last one with: 400"):
+        ask(model, made(tmp_path, 30), tmp_path, patience=patience)
+    assert len(model.requests) <= 6
+
+
+class HalfADisk:
+    """A file that takes so many bytes and no more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, data: Any) -> int:
+        piece = min(len(data), self._room)
+        if not piece:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._room -= piece
+        return int(self._file.write(data[:piece]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_disk_that_is_full_ends_the_run_and_leaves_a_whole_journal(
+    pictures: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = journal._open_locked
+    with serving(Model()) as address:
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "_open_locked", lambda path: HalfADisk(opened(path), 2000))
+            with pytest.raises(ValueError, match=r"cannot be written on .*No space left"):
+                run(address, pictures, tmp_path)
+        file = tmp_path / "out" / "journal.jsonl"
+        assert file.read_bytes().endswith(b"\n")
+        outcome = run(address, pictures, tmp_path)
+    assert (outcome.ended, outcome.stopped) == (4, "")
+    assert outcome.bill.unconfirmed >= 1
+
+
+def test_two_at_one_journal_are_one_too_many(pictures: Source, tmp_path: Path) -> None:
+    asked = plan("http://127.0.0.1:9/v1")
+    held = journal.Journal(tmp_path / "out" / "journal.jsonl", asked.facts(pictures))
+    with pytest.raises(ValueError, match="another process is writing there"):
+        synthesise(asked, pictures, tmp_path / "out", options=options(), stop=Stop())
+    held.close()
 
 
 def test_a_run_that_is_stopped_awaits_what_is_under_way(tmp_path: Path) -> None:

@@ -225,6 +225,26 @@ def test_killed_again_and_again_before_a_failing_server_nothing_is_lost_or_doubl
     check_bill(tmp_path / "out", model)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_awaits_the_answers_under_way(number: signal.Signals, tmp_path: Path) -> None:
+    folder, model = made(tmp_path / "pictures", PICTURES), Model(seconds=0.2)
+    with serving(model) as address:
+        command = [sys.executable, str(TOOLS / "synthesize.py"), str(tmp_path / "out"), str(folder)]
+        with subprocess.Popen(
+            command + arguments(address), env=environment(), stderr=subprocess.PIPE
+        ) as process:
+            while model.answered < 3 and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, said
+    assert "the same command goes on" in said
+    bill = json.loads((tmp_path / "out" / "bill.json").read_text())
+    assert (bill["calls"], bill["unconfirmed"]) == (len(model.requests), 0)
+    assert bill["calls"] < PICTURES
+
+
 def environment() -> dict[str, str]:
     proxies = {"HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"}
     return {**{k: v for k, v in os.environ.items() if k not in proxies}, "COCOA_API_KEY": KEY}

@@ -13,7 +13,7 @@ from typing import Any
 from cocoa_dist.data.records import MAX_KEY_BYTES, Record, image_part, text_part
 from cocoa_dist.data.synthesis.answers import FaultError, Reply, normalised, text_digest
 from cocoa_dist.data.synthesis.journal import JOURNAL_NAME, Journal, read_reply
-from cocoa_dist.data.synthesis.pictures import RejectedUnit, Unit, units
+from cocoa_dist.data.synthesis.pictures import RejectedUnit, Unit, picture_digest, units
 from cocoa_dist.data.synthesis.plan import Plan, plan_hash
 from cocoa_dist.data.synthesis.prompts import Prompt
 from cocoa_dist.data.synthesis.talk import Item, request_id, talk
@@ -29,6 +29,7 @@ class _Place:
     row: int  # of the source
     item: int
     reason: str = ""  # "": it becomes a record
+    picture: str = ""  # digest of the one that was asked about
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class SynthesisSource:
                 for place in places:
                     if place.reason:
                         yield Rejected(unit.where, place.reason)
+                    elif place.picture != picture_digest(unit.picture):
+                        yield Rejected(unit.where, "picture has changed: since it was asked about")
                     else:
                         yield self._record(unit, talked, place)
 
@@ -153,7 +156,7 @@ class SynthesisSource:
         """The plan and the answers."""
         digest = hashlib.sha256()
         for place in self.places:
-            digest.update(json.dumps([place.row, place.item, place.reason]).encode())
+            digest.update(json.dumps([place.row, place.item, place.reason, place.picture]).encode())
         return [self.plan_name, digest.hexdigest()]
 
 
@@ -178,10 +181,11 @@ def _places(plan: Plan, name: str, journal: Journal, rows: int) -> Iterator[_Pla
         if reason:
             yield _Place(row, 0, reason)
             continue
-        key, _ = journal.rows[row]
+        key, picture = journal.rows[row]
         items = _replay(plan, name, row, key, journal.reply).items
         for number, item in enumerate(items):
-            yield _Place(row, number, _repeats(plan.prompt, item, _key(key, item), seen))
+            reason = _repeats(plan.prompt, item, _key(key, item), seen)
+            yield _Place(row, number, reason, picture)
 
 
 def _repeats(prompt: Prompt, item: Item, key: str, seen: dict[bytes, str]) -> str:

@@ -145,8 +145,10 @@ class Caller:
                 self.in_flight -= 1
             seconds = round(time.monotonic() - began, 3)
             await self._journal.append(self._line(request, outcome, seconds))
-            if isinstance(outcome, Answered) or outcome.final:
+            if isinstance(outcome, Answered):
                 self._pace.worked()
+            elif outcome.final:
+                self._pace.refused(outcome.reason)
             elif outcome.kind == "rate limited":
                 if outcome.retry_after is not None:
                     self._pace.hold(outcome.retry_after, "the endpoint asks to wait")

@@ -54,14 +54,12 @@ class Journal:
             raise
 
     def _load(self, plan: dict[str, Any]) -> None:
-        found = lines(self._file, self.path)
+        found = lines(self.path)
         first = next(found, None)
         if first is None:
-            data = _encoded({"e": "plan", "version": _VERSION, "plan": plan})
-            self._file.write(data)
-            os.fsync(self._file.fileno())
+            self._pending = _encoded({"e": "plan", "version": _VERSION, "plan": plan})
+            self._write()
             fsync_folder(self.path.parent)
-            self._end = len(data)
             return
         _check_plan(self.path, first[1], plan)
         for offset, line in found:
@@ -116,7 +114,9 @@ class Journal:
             if not data:
                 return
             try:
-                self._file.write(data)
+                left = memoryview(data)
+                while left:  # a disk that is nearly full takes a part
+                    left = left[self._file.write(left) :]
                 os.fsync(self._file.fileno())
             except OSError as error:
                 self._file.truncate(self._end)
@@ -130,7 +130,7 @@ class Journal:
             self._written = asked
 
 
-def lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (offset, line). Raises ValueError naming the line that is damaged.
 
     e=plan: what was decided; e=row: a picture was read; e=sent: a request goes out; e=answer: it
@@ -138,19 +138,19 @@ def lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     is no use); e=end: the row is done (`reason`: why it is no record).
     """
     offset = 0
-    file.seek(0)
-    for number, data in enumerate(file, start=1):
-        try:
-            line = json.loads(data)
-            kind = line["e"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} line {number} is damaged ({type(error).__name__}); restore the file, or "
-                "cut it off before that line: what comes after is asked again"
-            ) from error
-        assert isinstance(kind, str)
-        yield offset, line
-        offset += len(data)
+    with path.open("rb") as file:
+        for number, data in enumerate(file, start=1):
+            try:
+                line = json.loads(data)
+                kind = line["e"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} line {number} is damaged ({type(error).__name__}); restore the file, "
+                    "or cut it off before that line: what comes after is asked again"
+                ) from error
+            assert isinstance(kind, str)
+            yield offset, line
+            offset += len(data)
 
 
 def read_reply(file: BinaryIO, offset: int) -> Reply:

@@ -40,6 +40,8 @@ class Pace:
         self._patience, self._check = patience, check
         self._next = self._not_before = 0.0
         self._failures = self._trips = 0
+        self._refused = 0  # requests, while none has been answered
+        self._has_worked = False
         self._probe = asyncio.Lock()
         self.why = ""  # all are waiting; "": they are not
 
@@ -80,6 +82,21 @@ class Pace:
     def worked(self) -> None:
         """Note that the endpoint has answered something."""
         self._failures = self._trips = 0
+        self._has_worked = True
+
+    def refused(self, reason: str) -> None:
+        """Note that the endpoint is there and does not want a request.
+
+        Raises NothingWorksError if it has wanted none so far: it is the settings, not the pictures.
+        """
+        self._failures = self._trips = 0
+        self._refused += 1
+        if not self._has_worked and self._refused >= self._patience.breaker_failures:
+            raise NothingWorksError(
+                f"the endpoint refuses every request, the last one with: {reason}; see what "
+                "--dry-run shows, correct --response-format, --token-field, --body or "
+                "--max-pixels, and name another folder"
+            )
 
     def failed(self, trips: int, reason: str) -> None:
         """Note a failure of a call that began after so many trips.

@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def units(source: Source, start: int, stop: int) -> Iterator[Unit | RejectedUnit
         yield Unit(
             number, found.key, source.where(number), found.images[place], " ".join(texts), meta
         )
+
+
+def picture_digest(data: bytes) -> str:
+    """Return 32 hex digits that pictures share if and only if they are the same file."""
+    return blake2b(data, digest_size=16).hexdigest()
 
 
 def _first_picture(record: Record) -> int | None:

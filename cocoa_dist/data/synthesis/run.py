@@ -8,7 +8,6 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 
 from cocoa_dist.data.synthesis.answers import FaultError
@@ -23,7 +22,14 @@ from cocoa_dist.data.synthesis.caller import (
 from cocoa_dist.data.synthesis.endpoint import Endpoint
 from cocoa_dist.data.synthesis.journal import JOURNAL_NAME, Journal
 from cocoa_dist.data.synthesis.pace import Pace, Patience
-from cocoa_dist.data.synthesis.pictures import RejectedUnit, SentPicture, Unit, sent_picture, units
+from cocoa_dist.data.synthesis.pictures import (
+    RejectedUnit,
+    SentPicture,
+    Unit,
+    picture_digest,
+    sent_picture,
+    units,
+)
 from cocoa_dist.data.synthesis.plan import Plan, plan_hash
 from cocoa_dist.data.synthesis.talk import request_id, talk
 from cocoa_dist.data.writing.source import Source
@@ -188,7 +194,7 @@ class _Run:
         for worker in asyncio.as_completed(workers):
             try:
                 await worker
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self._stop.request(str(error))
                 errors.append(error)
         if errors:
@@ -237,14 +243,20 @@ class _Run:
 
     def _begin(self, unit: Unit) -> str:
         """Note a picture, and return why it is not to be talked about: its like came before."""
-        digest = blake2b(unit.picture, digest_size=16).hexdigest()
+        digest = picture_digest(unit.picture)
         first = self._keys.setdefault(unit.key, unit.row)
         if first != unit.row:
             return f"repeated key: {unit.key!r} is that of row {first}"
         first = self._pictures.setdefault(digest, unit.row)
         if first != unit.row:
             return f"repeated picture: the same as that of row {first}"
-        if unit.row not in self._journal.rows:
+        begun = self._journal.rows.get(unit.row)
+        if begun is not None and begun != (unit.key, digest):
+            raise ValueError(
+                f"{unit.where} is another picture than the one that was asked about; put the old "
+                "one back, or name another folder"
+            )
+        if begun is None:
             line = {"e": "row", "row": unit.row, "key": unit.key, "picture": digest}
             self._journal.note(line)
         return ""
