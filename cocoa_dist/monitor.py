@@ -19,6 +19,7 @@ from cocoa_dist.events import Events
 from cocoa_dist.exporter import Exporter, Values, target_folder, target_labels, target_name
 from cocoa_dist.manifest import Manifest, ManifestError, read_manifest
 from cocoa_dist.metrics import METRICS, PHASES, Kind, Source
+from cocoa_dist.sinks import Sinks
 
 _WINDOW = 64  # steps the median is taken over
 _TRAIN = "train"
@@ -40,6 +41,7 @@ class Monitor:
         if rank == 0:
             every = config.metrics.heartbeat_seconds
             self.events = Events(run_dir, stage=stage, epoch=epoch, every_seconds=every)
+        self.sinks = Sinks(lambda what: self._sink_fault(what))
         self._phase = "start"
         self._since = time.monotonic()  # when the phase began, or its time was last counted
         self._step = 0
@@ -74,6 +76,7 @@ class Monitor:
         """Say where the stage goes on; None from its beginning."""
         self._step = manifest.step if manifest else 0
         if self.rank == 0:
+            self.sinks.start(self.config, self.stage, run_dir=self.run_dir, step=self._step)
             self.values.set("cocoa_train_step", self._step)
             self.values.set("cocoa_checkpoint_last_success_step", self._step)
             if manifest is not None:
@@ -90,14 +93,26 @@ class Monitor:
         finally:
             self._enter(before)
 
-    def step(self, step: int, *, seconds: float, waited: float, bad_records: int = 0) -> None:
-        """Say that this rank has done a step; `waited` of its seconds it waited for data."""
+    def step(
+        self,
+        step: int,
+        *,
+        seconds: float,
+        waited: float,
+        peer_wait: float = 0.0,
+        bad_records: int = 0,
+    ) -> None:
+        """Say that this rank has done a step.
+
+        Of its seconds it `waited` for data, and `peer_wait` for other ranks in their sums.
+        """
         self._step = step
         self._recent.append(seconds)
         self._since = time.monotonic()  # the step's time is counted as such, not as a phase's
         values = self.values
         values.add("cocoa_train_phase_seconds_total", seconds - waited, phase="step")
         values.add("cocoa_train_phase_seconds_total", waited, phase="data_wait")
+        values.add("cocoa_train_peer_wait_seconds_total", peer_wait)
         values.set("cocoa_train_last_step_timestamp_seconds", time.time())
         values.set("cocoa_train_median_step_seconds", statistics.median(self._recent))
         values.set("cocoa_train_stepping", 1.0)
@@ -111,8 +126,10 @@ class Monitor:
         self.values.set("cocoa_train_consumed_tokens", tokens)
         for name, field in _FIELDS.items():
             value = fields.get(field)
-            if value is not None or METRICS[name].kind is Kind.GAUGE:
-                self._take(name, _number(value))
+            if value is not None:
+                self._take(name, float(value))
+            elif METRICS[name].kind is Kind.GAUGE and not METRICS[name].needs_gpu:
+                self.values.set(name, math.nan)
         for field, value in fields.items():
             family, slash, member = field.partition("/")
             if slash and f"{family}/" in _FAMILIES:
@@ -120,6 +137,16 @@ class Monitor:
                 self.values.set(name, _number(value), **{label: member})
         if "loss" in fields:
             self.values.set("cocoa_train_loss", _number(fields["loss"]), name="loss")
+
+        self.sinks.write(fields)
+        if fields.get("step", 0) % self.config.checkpoint.every_steps == 0:
+            self.sinks.flush()  # the step is saved next: none behind it is lost with the process
+
+    def gpu(self, by_kind: Mapping[str, int], *, retries: int) -> None:
+        """Say what this rank holds of its GPU's memory, in bytes."""
+        for kind, size in by_kind.items():
+            self.values.set("cocoa_gpu_memory_bytes", size, kind=kind)
+        self.values.set("cocoa_gpu_alloc_retries_total", retries)
 
     def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
         """Say what an evaluation after `step` found (rank 0); the step's record exports it."""
@@ -130,6 +157,7 @@ class Monitor:
         """Say that a checkpoint was committed (rank 0)."""
         if self.rank != 0:
             return
+        self.sinks.flush()
         try:
             manifest = read_manifest(folder)
         except ManifestError:
@@ -150,9 +178,16 @@ class Monitor:
     def stop(self) -> None:
         """Say that this rank leaves, and take its target away."""
         self._enter("start")
+        self.sinks.close()
         self._write(lambda events: events.close())
         self.events = None
         self.exporter.stop()
+
+    def _sink_fault(self, what: str) -> None:
+        if not self.values.get("cocoa_exporter_faults_total", reason="sinks"):
+            self.exporter.fault("sinks", what)
+        else:
+            self.values.add("cocoa_exporter_faults_total", reason="sinks")
 
     def _introduce(self, *, world_size: int) -> None:
         job, _, restart = self.epoch.partition("-")[0].partition(".")

@@ -1,4 +1,4 @@
-"""The command line: run, status, top, stop, plan; submit, render and list for SLURM."""
+"""The command line: run, status, top, stop, profile, plan; submit, render and list for SLURM."""
 
 import argparse
 import difflib
@@ -31,6 +31,9 @@ examples:
       all runs below a folder, those that need somebody first
   python -m launcher stop runs/first
       save and stop for good, until the STOP file in the folder is removed
+  python -m launcher profile runs/first --steps 5
+      traces of the next 5 steps of a run at work, one file a rank for Perfetto, and the operators
+      that took longest
   python -m launcher plan cocoa_qwen2_vl_2b --gpus 8 --gpu h200
       memory, time and GPU hours of every stage, before a card is asked for
   python -m launcher submit cocoa_qwen2_vl_2b --run-dir /scratch/runs/a --cluster site.yaml
@@ -43,7 +46,7 @@ exit codes of run: 0 done or stopped; 2 something to change in what was given; 9
 SLURM job 75 to be queued again, 76 another start of the job has taken over;
 anything else is a fault of the launcher itself.
 """
-_COMMANDS = ("run", "status", "top", "stop", "plan", *JOB_COMMANDS)
+_COMMANDS = ("run", "status", "top", "stop", "profile", "plan", *JOB_COMMANDS)
 _FILE_COLUMNS = 200  # of a table that goes to a file or a pipe
 _WITH_OVERRIDES = ("run", "plan", "submit", "render")
 
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
             return _top(options)
         if options.command == "plan":
             return _plan(options)
+        if options.command == "profile":
+            return _profile(options)
         if options.command in JOB_COMMANDS:
             return run_job_command(options)
         return _stop(options)
@@ -141,6 +146,26 @@ def _status(options: argparse.Namespace) -> int:
     from launcher.table import show_status
 
     show_status(Console(), status, run_dir=options.run_dir, job=job)
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from launcher.profile import profile
+    from launcher.slurm.explain import job_status
+    from launcher.status import read_status
+
+    run_dir: Path = options.run_dir
+
+    def is_live() -> bool:
+        job = job_status(run_dir)
+        elsewhere = job is not None and job.state in ("RUNNING", "COMPLETING")
+        return read_status(run_dir, held_elsewhere=elsewhere).state in ("running", "stalled")
+
+    found = profile(run_dir, steps=options.steps, is_live=is_live)
+    sys.stdout.write(
+        f"{found.table}\n{found.ranks} traces of {found.steps} steps from step {found.first} on: "
+        f"{found.folder}/rank_*.json.gz (open them in https://ui.perfetto.dev)\n"
+    )
     return 0
 
 
@@ -248,6 +273,15 @@ def _parser() -> argparse.ArgumentParser:
         )
     stop = commands.add_parser("stop", help="save and stop a run for good", allow_abbrev=False)
     stop.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
+    profile = commands.add_parser("profile", help="trace steps of a live run", allow_abbrev=False)
+    profile.add_argument("run_dir", type=Path, metavar="DIR", help="folder of the run")
+    profile.add_argument(
+        "--steps",
+        type=_steps,
+        default=5,
+        metavar="N",
+        help="how many, from the next one on (default: %(default)s)",
+    )
     plan.add_arguments(
         commands.add_parser(
             "plan",
@@ -260,6 +294,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_job_commands(commands)
     return parser
+
+
+def _steps(text: str) -> int:
+    """Read how many steps are to be traced."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number of steps from 1 to 100")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -122,6 +122,8 @@ class RunExporter:
         if ledger.goodput is not None:
             values.set("cocoa_run_goodput_ratio", ledger.goodput)
         values.set("cocoa_run_rank_seconds", ledger.rank_seconds)
+        if self.config.budget_gpu_hours is not None:
+            values.set("cocoa_run_budget_rank_seconds", 3600.0 * self.config.budget_gpu_hours)
 
     def _failed_attempts(self, status: Status) -> int:
         ended = [item for item in read_incarnations(self.run_dir) if not item.running]

@@ -50,6 +50,52 @@ LEARNING = Board(
                 {"{{stage}}": f"max by (stage) (cocoa_train_loss_deviations{{{_RUN}}})"},
             ),
         ),
+        "Groups of parameters": (
+            Panel(
+                "Gradient norm by group",
+                "Their squares add up to the gradient's. In steps that are logged.",
+                "short",
+                {
+                    "{{stage}} {{group}}": "max by (stage, group) "
+                    f"(cocoa_train_group_grad_norm{{{_RUN}}})"
+                },
+                log_scale=True,
+                width=12,
+            ),
+            Panel(
+                "Update over weight by group",
+                "How far a step moves the weights. Around 1e-3 is usual; a group near 0 is idle.",
+                "sci",
+                {
+                    "{{stage}} {{group}}": "max by (stage, group) "
+                    f"(cocoa_train_update_ratio{{{_RUN}}})"
+                },
+                log_scale=True,
+                width=12,
+            ),
+        ),
+        "Held-out": (
+            Panel(
+                "Recall at 10",
+                "On held-out sets while the stage trains (evaluation.every_steps).",
+                "percentunit",
+                {
+                    "{{stage}} {{set}}": "max by (stage, set) "
+                    f"(cocoa_evaluation_recall_ratio{{{_RUN}}})"
+                },
+                width=12,
+            ),
+            Panel(
+                "Tied scores",
+                "Queries whose right candidate ties with another. All of them: a collapse.",
+                "percentunit",
+                {
+                    "{{stage}} {{set}}": "max by (stage, set) "
+                    f"(cocoa_evaluation_tied_ratio{{{_RUN}}})"
+                },
+                width=12,
+            ),
+        ),
         "Steps": (
             Panel(
                 "Steps without a finite loss or gradient, in half an hour",
@@ -120,6 +166,20 @@ LEARNING = Board(
                 "percentunit",
                 {"{{stage}}": f"max by (stage) (cocoa_train_false_negative_ratio{{{_RUN}}})"},
                 width=6,
+            ),
+            Panel(
+                "Temperature",
+                "Where it is learnt.",
+                "short",
+                {"{{stage}}": f"max by (stage) (cocoa_train_temperature{{{_RUN}}})"},
+                width=12,
+            ),
+            Panel(
+                "Compression tokens to each other",
+                "Mean cosine. Near 1 they all say the same.",
+                "short",
+                {"{{stage}}": f"max by (stage) (cocoa_train_token_similarity{{{_RUN}}})"},
+                width=12,
             ),
         ),
     },

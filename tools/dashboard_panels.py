@@ -89,6 +89,18 @@ FLEET = Board(
                 look=Look.BARS,
             ),
             Panel(
+                "Budget",
+                "GPU hours used of those that the recipe gives, and what the end will have cost.",
+                "percentunit",
+                {
+                    "{{run_id}} used": "run_id:cocoa_run_budget:ratio",
+                    "{{run_id}} at its end": "run_id:cocoa_run_budget:projected",
+                },
+                look=Look.BARS,
+                limit=1.1,
+                width=24,
+            ),
+            Panel(
                 "Restarts",
                 "Starts after an interruption, by how the incarnation before had ended.",
                 "none",
@@ -233,6 +245,49 @@ RUN = Board(
                     "all ranks, inside steps": f"sum(rate(cocoa_train_cpu_seconds_total{{{_RUN}}}"
                     f"{_RATE}))",
                 },
+            ),
+        ),
+        "Ranks and GPUs": (
+            Panel(
+                "Slowest ranks",
+                "Time of each second that a rank needs for itself. One name for long: a straggler.",
+                "percentunit",
+                {
+                    "slowest: {{rank}}": f"run_id_rank:cocoa_train_own_seconds:slowest{{{_RUN}}}",
+                    "{{rank}}": f"topk(5, run_id_rank:cocoa_train_own_seconds:rate5m{{{_RUN}}})",
+                },
+                width=6,
+            ),
+            Panel(
+                "Slowest rank over the median one",
+                "1 is even. What is above is waited for by all others.",
+                "short",
+                {"": f"run_id:cocoa_train_own_seconds:max_over_median{{{_RUN}}}"},
+                limit=1.25,
+                width=6,
+            ),
+            Panel(
+                "GPU memory, the fullest ranks",
+                "As torch keeps it. Nothing on CPUs.",
+                "bytes",
+                {
+                    "{{rank}} {{kind}}": "topk by (kind) (3, max by (rank, kind) "
+                    f"(cocoa_gpu_memory_bytes{{{_RUN}}}))",
+                    "retries in an hour": "sum(increase("
+                    f"cocoa_gpu_alloc_retries_total{{{_RUN}}}[1h]))",
+                },
+                width=6,
+            ),
+            Panel(
+                "Use of the GPUs",
+                "FLOPs that the model needs, and their share of what the GPUs could do.",
+                "short",
+                {
+                    "FLOPs a second": f"sum(rate(cocoa_train_model_flops_total{{{_RUN}}}{_RATE}))",
+                    "MFU": f"max(cocoa_train_mfu_ratio{{{_RUN}}})",
+                },
+                log_scale=True,
+                width=6,
             ),
         ),
         "Where the time went": (

@@ -38,6 +38,8 @@ _FREE_KEYS = (
     "metrics",
     "evaluation",
     "export",
+    "runtime.profile_steps",
+    "budget_gpu_hours",
 )
 # What a new segment of the plan takes up. Not data.shuffle: another order in the middle of a pass
 # would repeat records and lose others.

@@ -359,10 +359,19 @@ class CheckpointConfig(_Strict):
     max_failed_saves: NotNegative = 3  # in a row; one more ends the run
 
 
-class MetricsConfig(_Strict):
-    """What is printed, and what Prometheus gets to see (exporter.py)."""
+class WandbConfig(_Strict):
+    """A run of Weights & Biases; offline until somebody syncs its folder."""
 
-    log_every_steps: Positive = 20
+    project: Annotated[str, Field(min_length=1)]
+    mode: Literal["offline", "online"] = "offline"
+
+
+class MetricsConfig(_Strict):
+    """What is printed, and who gets to see it: Prometheus (exporter.py) and others (sinks.py)."""
+
+    log_every_steps: Positive = 20  # groups of parameters are measured as often
+    tensorboard: bool = False  # event files in tensorboard/ of the run folder
+    wandb: WandbConfig | None = None
     exporter: bool = True  # an endpoint for Prometheus in every rank and the launcher
     port: Annotated[int, Field(ge=0, le=65000)] = 0  # plus the local rank; 0: a free one
     bind_address: str = "auto"  # auto: loopback outside SLURM, else every interface
@@ -395,10 +404,18 @@ class ExportConfig(_Strict):
     licence: str = ""
 
 
+class ProfileConfig(_Strict):
+    """Steps of every stage that are traced, on all ranks."""
+
+    first: Positive
+    count: Annotated[int, Field(gt=0, le=100)] = 3
+
+
 class RuntimeConfig(_Strict):
     """Process settings."""
 
     threads: Positive = 1  # torch threads of a rank
+    profile_steps: ProfileConfig | None = None  # into profile/ of the run folder
 
 
 class RunConfig(_Strict):
@@ -417,6 +434,7 @@ class RunConfig(_Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    budget_gpu_hours: Annotated[float, Field(gt=0.0)] | None = None  # asked for; an alert warns
 
     @model_validator(mode="after")
     def _compiled_layers_have_no_adapters(self) -> "RunConfig":

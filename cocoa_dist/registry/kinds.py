@@ -37,6 +37,7 @@ class Metric:
     buckets: tuple[float, ...] = ()  # of a histogram: upper bounds, without infinity
     # The field of metrics.jsonl that it is taken from; `loss/`: what stands behind is its label.
     record: str | None = None
+    needs_gpu: bool = False  # a run on CPUs does not export it
 
     @property
     def most_series(self) -> int:

@@ -71,4 +71,10 @@ LAUNCHER: tuple[Metric, ...] = (
         "seconds",
         "Seconds that ranks were held, added over ranks: what the run has cost.",
     ),
+    gauge(
+        "cocoa_run_budget_rank_seconds",
+        Source.LAUNCHER,
+        "seconds",
+        "What the run may cost: budget_gpu_hours of the recipe; absent without one.",
+    ),
 )

@@ -30,6 +30,27 @@ EVERY_RANK: tuple[Metric, ...] = (
         labels={"phase": len(TIMED)},
     ),
     counter(
+        "cocoa_train_peer_wait_seconds_total",
+        Source.EVERY_RANK,
+        "seconds",
+        "Time inside steps that this rank waited for others in the sums over ranks.",
+    ),
+    gauge(
+        "cocoa_gpu_memory_bytes",
+        Source.EVERY_RANK,
+        "bytes",
+        "Memory of this rank's GPU as torch keeps it, in steps that are logged; none on a CPU.",
+        labels={"kind": 3},
+        needs_gpu=True,
+    ),
+    counter(
+        "cocoa_gpu_alloc_retries_total",
+        Source.EVERY_RANK,
+        "allocations",
+        "Allocations that first had to empty torch's cache; a GPU is nearly full. None on a CPU.",
+        needs_gpu=True,
+    ),
+    counter(
         "cocoa_data_bad_records_total",
         Source.EVERY_RANK,
         "records",

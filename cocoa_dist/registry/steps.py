@@ -77,6 +77,21 @@ STEPS: tuple[Metric, ...] = (
         "CPU time of all ranks inside steps, one step behind.",
         record="cpu_seconds",
     ),
+    counter(
+        "cocoa_train_model_flops_total",
+        Source.RANK_0,
+        "FLOPs",
+        "What the model needs for the real tokens of all ranks, forward and backward.",
+        record="model_flops",
+    ),
+    gauge(
+        "cocoa_train_mfu_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Those FLOPs of the last step over what the GPUs could have done; none on a CPU.",
+        record="mfu",
+        needs_gpu=True,
+    ),
     gauge(
         "cocoa_train_fill_ratio",
         Source.RANK_0,

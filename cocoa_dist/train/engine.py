@@ -7,6 +7,7 @@ weight x world size / global count, where the world size undoes ZeRO's mean over
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -83,6 +84,7 @@ class TrainEngine:
         self.optimizer_config = optimizer
         self.total_steps = total_steps
         self.measure_every = measure_every
+        self.peer_wait_seconds = 0.0  # in the sums of steps, since this engine was made
         self.settings = settings or EngineConfig()
         self.grad_cache = grad_cache or GradCacheConfig()
         self.before_update: Callable[[], None] = lambda: None  # the last that reads the old weights
@@ -128,7 +130,7 @@ class TrainEngine:
         measured = measures.take()
         groups = self._group_sums(step)
         local = [*(term.local_sum for term in terms.values()), *measured, *extras, *groups]
-        summed = sum_over_ranks(torch.tensor(local, dtype=torch.float64)).tolist()
+        summed = self._sum_together(torch.tensor(local, dtype=torch.float64)).tolist()
         parts = {n: s / t.count for (n, t), s in zip(terms.items(), summed, strict=False)}
         first_extra = len(parts) + len(measured)
         first_group = first_extra + len(extras)
@@ -170,6 +172,13 @@ class TrainEngine:
     def _optimizer_steps(self) -> int:
         """Return how often the optimizer has moved the weights."""
         return zero_state.counters(self.deepspeed).optimizer_steps
+
+    def _sum_together(self, local: Tensor) -> Tensor:
+        """Sum over ranks, and count how long this one had to wait for the others. Collective."""
+        begin = time.monotonic()
+        total = sum_over_ranks(local)
+        self.peer_wait_seconds += time.monotonic() - begin
+        return total
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
@@ -250,7 +259,7 @@ class TrainEngine:
     ) -> dict[str, float]:
         counts = self.objective.counts(packs)
         local = torch.tensor([counts[name] for name in names], dtype=torch.float64)
-        totals = sum_over_ranks(local).clamp(min=1.0).tolist()  # nothing supervised: 0 / 1
+        totals = self._sum_together(local).clamp(min=1.0).tolist()  # nothing supervised: 0 / 1
         return dict(zip(names, totals, strict=True))
 
     def _backward(

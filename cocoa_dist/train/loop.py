@@ -28,6 +28,8 @@ from cocoa_dist.train.engine import StepStats, TrainEngine
 from cocoa_dist.train.guards import SpikeDetector, check_skips, name_records, recent_losses
 from cocoa_dist.train.held_out import HeldOut
 from cocoa_dist.train.preflight import Trial, preflight
+from cocoa_dist.train.profiling import Profiling
+from cocoa_dist.train.resources import StepFlops, gpu_memory, peak_flops
 from cocoa_dist.train.watchdog import TIMEOUT_SHARE, Watchdog
 
 log = logging.getLogger("cocoa_dist.train")
@@ -92,6 +94,8 @@ class _Extras:
     bad_records: float
     cpu_seconds: float  # of the step before; an incarnation's last step rides on nothing
     truncated: float  # texts that were cut
+    flops: float  # of the model
+    profile: float  # steps that rank 0 was asked to trace
     ranks: float  # one each
 
     def values(self) -> list[float]:
@@ -115,13 +119,16 @@ class StageRun:
         stop: StopRequest,
         monitor: Monitor,
         held_out: HeldOut | None = None,
+        flops: StepFlops | None = None,
     ) -> None:
         """`template` holds the fields of the manifest that do not change from step to step."""
         self.config, self.stage_name, self.run_dir = config, stage_name, run_dir
         self.stage = config.stages[stage_name]
         self.engine, self.loader, self.checkpointer = engine, loader, checkpointer
         self.template, self.progress, self.stop = template, progress, stop
-        self.monitor, self.held_out = monitor, held_out
+        self.monitor, self.held_out, self.flops = monitor, held_out, flops
+        self.peak_flops = peak_flops(engine.device)
+        self.profiling = self._profiling()
         checkpointer.on_saved, checkpointer.on_failed = monitor.saved, monitor.save_failed
         checkpointer.on_progress = lambda: self.watchdog.beat(f"saving step {self.progress.step}")
         self.metrics = JsonLines(run_dir / METRICS_NAME)
@@ -141,6 +148,19 @@ class StageRun:
             )
         return SpikeDetector(guards, history=history)
 
+    def _profiling(self) -> Profiling:
+        found = Profiling(
+            self.run_dir,
+            stage=self.stage_name,
+            rank=rank(),
+            world_size=world_size(),
+            device=self.engine.device,
+        )
+        wanted = self.config.runtime.profile_steps
+        if wanted is not None:
+            found.plan(wanted.first, wanted.count)
+        return found
+
     def _watchdog(self) -> Watchdog:
         limit = TIMEOUT_SHARE * self.config.engine.timeout_seconds
         name = f"{self.stage_name}.rank{rank()}.stacks"
@@ -156,7 +176,9 @@ class StageRun:
             if self.config.guards.preflight:
                 self._preflight()
             with self.monitor.phase("train"):
-                return self._steps()
+                end = self._steps()
+                self.profiling.finish()
+                return end
 
     def _preflight(self) -> None:
         self.watchdog.beat("pre-flight")
@@ -216,7 +238,8 @@ class StageRun:
             )
 
     def _one_step(self, step: int) -> StageEnd | None:
-        begin, cpu_begin = time.monotonic(), time.process_time()
+        self.profiling.begin(step)
+        begin, cpu_begin, peers = time.monotonic(), time.process_time(), self._peer_wait()
         self.watchdog.beat(f"loading step {step}")
         batch = self.loader.next_step()
         waited = time.monotonic() - begin
@@ -227,7 +250,11 @@ class StageRun:
         self.step_cpu = time.process_time() - cpu_begin + batch.cpu_seconds
         self._count(step, stats, shared, seconds)
         bad = len(batch.bad_records)
-        self.monitor.step(step, seconds=seconds, waited=waited, bad_records=bad)
+        peer_wait = self._peer_wait() - peers
+        self.monitor.step(
+            step, seconds=seconds, waited=waited, peer_wait=peer_wait, bad_records=bad
+        )
+        self._trace(step, shared)
         if batch.bad_records:
             self._quarantine(step, batch)
         if stats.skipped:
@@ -240,6 +267,20 @@ class StageRun:
             return StageEnd.STOPPED
         return StageEnd.PREEMPTED if shared.stop else None
 
+    def _peer_wait(self) -> float:
+        return self.engine.peer_wait_seconds
+
+    def _trace(self, step: int, shared: _Extras) -> None:
+        """End a trace, plan one that was asked for; the GPU's memory in steps that are logged."""
+        self.watchdog.beat(f"after step {step}")
+        self.profiling.end(step)
+        if shared.profile:
+            self.profiling.plan(step + 1, round(shared.profile), is_request=True)
+        if step % self.config.metrics.log_every_steps == 0 or step == 1:
+            memory = gpu_memory(self.engine.device)
+            if memory is not None:
+                self.monitor.gpu(memory.by_kind, retries=memory.retries)
+
     def _extras(self, batch: StepBatch) -> _Extras:
         operator_stop = rank() == 0 and stop_file_present(self.run_dir)
         return _Extras(
@@ -251,6 +292,8 @@ class StageRun:
             bad_records=len(batch.bad_records),
             cpu_seconds=self.step_cpu,
             truncated=batch.num_truncated,
+            flops=self.flops.of_packs(batch.packs) if self.flops else 0.0,
+            profile=self.profiling.asked() if rank() == 0 else 0,
             ranks=1.0,
         )
 
@@ -319,6 +362,12 @@ class StageRun:
         self.monitor.evaluated(step, scores)
         return scores
 
+    def _utilisation(self, shared: _Extras, seconds: float) -> dict[str, float]:
+        """Return the share of the GPUs' peak that was used; {} where it is not known."""
+        if self.peak_flops is None:
+            return {}
+        return {"mfu": shared.flops / (seconds * shared.ranks * self.peak_flops)}
+
     def _record(
         self,
         batch: StepBatch,
@@ -349,6 +398,8 @@ class StageRun:
             "data_wait_seconds": waited,
             "step_seconds": seconds,
             "cpu_seconds": shared.cpu_seconds,
+            "model_flops": shared.flops,
+            **self._utilisation(shared, seconds),
             "truncated_texts": round(shared.truncated),
             "skipped": bool(stats.skipped),
             "loss_deviations": above,  # robust sigmas above the median of the steps before

@@ -28,6 +28,7 @@ from cocoa_dist.train.ds_config import read_ds_config
 from cocoa_dist.train.engine import TrainEngine, import_deepspeed
 from cocoa_dist.train.held_out import HeldOut
 from cocoa_dist.train.loop import Progress, StageEnd, StageRun
+from cocoa_dist.train.resources import StepFlops
 from cocoa_dist.train.resume import (
     hash_files_together,
     parent_sha256,
@@ -87,6 +88,11 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     _agree_on_plan(loader)
     template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
     refuse_other_base(found, template)
+    flops = StepFlops.of_model(
+        parts.model,
+        text_logits=parts.objective.heads.text_logits,
+        patches_a_token=parts.geometry.merge**2,
+    )
     engine = build_engine(config, stage_name, parts)
     held_out = None
     if config.evaluation.every_steps:
@@ -107,6 +113,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         stop=stop,
         monitor=monitor,
         held_out=held_out,
+        flops=flops,
     )
     gc.freeze()  # what exists now stays; later collections look at the step's garbage alone
     end = run.train()

@@ -30,6 +30,15 @@ RECORD = {
     "uniformity": -2.0,
     "effective_rank": 7.5,
     "false_negative_ratio": 0.01,
+    "temperature": 0.05,
+    "token_similarity": 0.3,
+    "grad_norm/vision": 0.5,
+    "grad_norm/text": None,
+    "update_ratio/vision": 1e-3,
+    "held_out_recall/unseen": 0.4,
+    "held_out_tied/unseen": 0.0,
+    "model_flops": 1e9,
+    "mfu": 0.4,
     "grad_norm": None,
     "learning_rate": 1e-3,
     "samples": 24,
@@ -47,7 +56,7 @@ RECORD = {
     "checkpoint_seconds": 4.0,
     "saves_waited": 2,
 }
-NOT_EXPORTED = {"stage", "epoch", "time", "batch_digest", "loss/text"}
+NOT_EXPORTED = {"stage", "epoch", "time", "batch_digest"}
 
 
 def test_a_run_of_1024_ranks_stays_below_60_000_series() -> None:
@@ -55,16 +64,17 @@ def test_a_run_of_1024_ranks_stays_below_60_000_series() -> None:
 
 
 def test_the_series_of_a_rank_are_counted_by_hand_once() -> None:
-    # 6 plain ones and one for each of 6 timed phases, 4 reasons of faults, dropped values, and the
-    # 5 that Prometheus adds
+    # 8 plain ones, 3 kinds of GPU memory, one for each of 6 timed phases, 5 reasons of faults,
+    # dropped values, and the 5 that Prometheus adds
     one_more = count_series(world_size=11) - count_series(world_size=10)
-    assert one_more == 6 + len(TIMED) + 4 + 1 + 5
+    assert one_more == 8 + 3 + len(TIMED) + 5 + 1 + 5
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
 def test_names_follow_the_rules_of_prometheus(metric) -> None:
     assert re.fullmatch(
-        r"cocoa_(run|stage|train|data|checkpoint|process|exporter)_[a-z_]+", metric.name
+        r"cocoa_(run|stage|train|data|checkpoint|evaluation|process|gpu|exporter)_[a-z_]+",
+        metric.name,
     )
     assert (metric.kind is Kind.COUNTER) == metric.name.endswith("_total")
     assert (metric.kind is Kind.HISTOGRAM) == bool(metric.buckets)
@@ -103,6 +113,7 @@ def test_every_metric_of_the_ranks_is_really_set(tmp_path: Path) -> None:
         monitor.step(3, seconds=0.7, waited=0.1, bad_records=1)
         monitor.record({**RECORD, "loss_deviations": 1.0}, samples=72, tokens=1440)
         monitor.saved(put_manifest(tmp_path, step=2))
+        monitor.gpu({"allocated": 1, "reserved": 2, "peak": 3}, retries=0)
     monitor.exporter.start(
         monitor.config.metrics, port=0, folder=tmp_path / "sd", name="a.json", labels={}
     )
@@ -115,9 +126,37 @@ def test_every_metric_of_the_ranks_is_really_set(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_record_is_exported_or_known_not_to_be() -> None:
-    taken = {metric.record for metric in METRICS.values()}
-    assert set(RECORD) - NOT_EXPORTED <= taken
-    assert taken - {None} <= set(RECORD)
+    taken = {metric.record for metric in METRICS.values() if metric.record is not None}
+    families = {name.partition("/")[0] + "/" for name in RECORD if "/" in name}
+    plain = {name for name in RECORD if "/" not in name}
+    assert plain - NOT_EXPORTED <= taken
+    assert families <= taken | {"loss/"}
+    assert taken <= plain | families
+
+
+def test_a_family_of_fields_is_one_metric_with_a_label(tmp_path: Path) -> None:
+    monitor = make_monitor(tmp_path)
+    monitor.record(RECORD, samples=24, tokens=480)
+    later = {k: v for k, v in RECORD.items() if "/" not in k and k != "mfu"}
+    monitor.record(later, samples=48, tokens=960)  # a step that measures none
+    monitor.stop()
+    get = monitor.values.get
+    assert get("cocoa_train_loss", name="text") == 2.0
+    assert get("cocoa_train_loss", name="loss") == 2.5
+    assert get("cocoa_train_group_grad_norm", group="vision") == 0.5
+    assert str(get("cocoa_train_group_grad_norm", group="text")) == "nan"
+    assert get("cocoa_train_update_ratio", group="vision") == 1e-3
+    assert get("cocoa_evaluation_recall_ratio", set="unseen") == 0.4
+
+
+def test_a_run_on_cpus_says_nothing_of_gpus(tmp_path: Path) -> None:
+    monitor = make_monitor(tmp_path)
+    record = {name: value for name, value in RECORD.items() if name != "mfu"}
+    monitor.record(record, samples=24, tokens=480)
+    exported = {family.name for family in monitor.values.collect()}
+    monitor.stop()
+    assert {m.name for m in METRICS.values() if m.needs_gpu} & exported == set()
+    assert "cocoa_process_resident_bytes" in exported
 
 
 def test_a_step_without_finite_numbers_is_exported_as_nan_and_counted(tmp_path: Path) -> None:
