@@ -84,6 +84,7 @@ class PackedBatch:
     patch_targets: Tensor  # (R, C') float32: pixels of the masked visual tokens, one frame
     pool_rows: Tensor  # (L,) int64: rows an embedding is averaged from
     pool_index: Tensor  # (L,) int64: which embedding each belongs to, ascending from 0
+    bridge_rows: Tensor  # (B, K) int64: bridges of K > 1 tokens, of real samples that have one
     pair_ids: Tensor  # (E,) int64: position of an embedding's pair in the global batch
     sides: Tensor  # (E,) int64: 0 query, 1 target
     identities: Tensor  # (E,) int64: equal for targets that are the same thing

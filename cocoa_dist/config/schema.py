@@ -49,6 +49,8 @@ class ModelConfig(_Strict):
     bridge_token: str = "<|im_end|>"  # EOS: the embedding is read from it
     mask_token: str = "<|mask|>"  # added to the tokenizer where it has none
     new_tokens: tuple[str, ...] = ()  # added likewise; new rows are trained in adapter stages too
+    compression_tokens: NotNegative = 0  # learnt tokens that are the bridge in place of EOS (CoMa)
+    num_bridge_tokens: Positive = 1  # EOS, and learnt tokens behind it
     checkpoint_activations: bool = False
     compile_layers: bool = False  # torch.compile of decoder layers and vision blocks
 
@@ -58,6 +60,21 @@ class ModelConfig(_Strict):
             raise ValueError("give exactly one of `path` and `random`")
         if self.random is not None and self.tokenizer is None:
             raise ValueError("`random` weights need a `tokenizer`")
+        return self
+
+    @property
+    def num_learnt_tokens(self) -> int:
+        """Tokens whose embeddings are a parameter of their own, the same in all stages."""
+        return self.compression_tokens or self.num_bridge_tokens - 1
+
+    @model_validator(mode="after")
+    def _one_bridge(self) -> "ModelConfig":
+        if self.compression_tokens and self.num_bridge_tokens > 1:
+            raise ValueError(
+                f"compression_tokens is {self.compression_tokens} and num_bridge_tokens "
+                f"{self.num_bridge_tokens}: the bridge is either learnt tokens alone, or EOS with "
+                "learnt ones behind it; leave one of the two out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -154,6 +171,22 @@ class ReconstructionConfig(_Strict):
     image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
     label_shift: bool = True  # predict a masked token from the hidden state before it
     normalise_patches: bool = False  # per-patch normalised targets
+    context_mask_ratio: Ratio = 0.0  # of CONTEXT beside a TARGET; hidden, and never asked for
+    mask_replacement: Literal["gaussian", "learned"] = "gaussian"  # of hidden visual tokens
+    mask_sampling: Literal["bernoulli", "exact"] = "bernoulli"  # exact: a share's count
+    text_mask_span: Positive = 1  # neighbouring tokens that are hidden together
+    image_mask_block: Positive = 1  # side of the squares of visual tokens hidden together
+
+    @model_validator(mode="after")
+    def _something_is_replaced(self) -> "ReconstructionConfig":
+        if self.mask_replacement == "learned" and not (
+            self.image_mask_ratio or self.context_mask_ratio
+        ):
+            raise ValueError(
+                "mask_replacement learned is of hidden visual tokens, and image_mask_ratio and "
+                "context_mask_ratio are 0: raise one, or leave it gaussian"
+            )
+        return self
 
 
 class NextTokenConfig(_Strict):
@@ -227,10 +260,12 @@ class StageDataConfig(_Strict):
 
     sources: dict[str, SourceConfig] = {}
     metadataset: MetadatasetConfig | None = None  # instead of sources: a blend as energon has it
-    view: Literal["caption", "bridged", "language", "pair"]
+    view: Literal["caption", "bridged", "language", "pair", "interleaved", "dialogue", "questions"]
     keywords: Literal["sample", "all", "none"] = "sample"
-    image_share: Ratio = 1.0  # share of samples with a picture (`language`, `bridged`)
+    image_share: Ratio = 1.0  # samples with a picture (`language`, `bridged`, `interleaved`)
     instruction: str = ""  # in front of the query of a pair
+    separate_views: bool = False  # `bridged`: one text in the context, another one as the target
+    max_turns: Positive = 10  # of a dialogue that are used
     task_block: Positive | None = None  # records of one data set in a row; default: a whole step
 
     @property
@@ -287,7 +322,7 @@ class StageConfig(_Strict):
     steps: Positive
     optimizer: OptimizerConfig
     adapter: AdapterConfig | None = None
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["last", "mean", "compression"] = "last"  # compression: mean over the bridge
     freeze_vision: bool = False
 
     @model_validator(mode="after")
@@ -304,8 +339,8 @@ class StageConfig(_Strict):
                 f"{self.data.task_block}; it can be made of blocks of {', '.join(map(str, works))}"
             )
         views = {
-            "reconstruction": ("caption", "bridged"),
-            "next_token": ("language", "bridged"),
+            "reconstruction": ("caption", "bridged", "interleaved"),
+            "next_token": ("language", "bridged", "dialogue", "questions"),
             "contrastive": ("pair",),
         }[self.objective.kind]
         if self.data.view not in views:
@@ -313,11 +348,7 @@ class StageConfig(_Strict):
                 f"objective {self.objective.kind} needs data.view {' or '.join(views)}, "
                 f"found {self.data.view}"
             )
-        if (self.data.view == "bridged") != (self.attention.rule == "eos_bridged"):
-            raise ValueError(
-                "data.view bridged and attention.rule eos_bridged belong together, found "
-                f"{self.data.view} and {self.attention.rule}"
-            )
+        self._check_target()
         rule = self.attention
         hides = rule.rule in ("causal", "compression") or (
             rule.rule == "eos_bridged" and rule.target_causal and not rule.bridge_sees_target
@@ -328,6 +359,28 @@ class StageConfig(_Strict):
                 "be causal, or eos_bridged with target_causal=true and bridge_sees_target=false"
             )
         return self
+
+    def _check_target(self) -> None:
+        """Refuse rules and options for a TARGET that the view does not write, or the reverse."""
+        view, rule = self.data.view, self.attention.rule
+        rules = {
+            "bridged": ("eos_bridged", "compression"),
+            "dialogue": ("compression", "eos_bridged", "causal"),
+            "questions": ("compression", "eos_bridged", "causal"),
+        }.get(view, ("bidirectional", "causal", "compression"))
+        if rule not in rules:
+            raise ValueError(
+                f"data.view {view} and attention.rule {rule} do not belong together, expected "
+                f"attention.rule {' or '.join(rules)} with this view"
+            )
+        if self.data.separate_views and view != "bridged":
+            raise ValueError(f"data.separate_views is an option of view bridged, not of {view}")
+        ratio = getattr(self.objective, "context_mask_ratio", 0.0)
+        if ratio and view != "bridged":
+            raise ValueError(
+                f"objective.context_mask_ratio is {ratio}: only view bridged has a context beside "
+                f"a target, found {view}"
+            )
 
 
 class EngineConfig(_Strict):
@@ -445,6 +498,16 @@ class RunConfig(_Strict):
                 "gathers a compiled layer at once, and frees its frozen weights before the "
                 "backward pass has read them; set model.compile_layers=false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pooled_tokens_are_there(self) -> "RunConfig":
+        for name, stage in self.stages.items():
+            if stage.pooling == "compression" and not self.model.num_learnt_tokens:
+                raise ValueError(
+                    f"stage '{name}': pooling compression is over learnt tokens, and the model has "
+                    "none; set model.compression_tokens, or model.num_bridge_tokens above 1"
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,8 +24,8 @@ Ints = NDArray[np.int32]
 PictureCost = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) -> tokens, patches
 
 BOUNDS_VERSION = 1  # a change that gives any record another bound raises it
+TWO_TEXTS = ("bridged", "dialogue", "questions")  # views with a limit for context and for target
 _CHUNK = 2**20  # records worked on at once
-_TEXT_ENDS = 2  # a sample's text is followed by EOS and has one token in front
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ def index_bounds(
     picture_cost: PictureCost,
     joint_every: int = 1,
     instruction: int = 0,
+    ends: int = 2,
+    uncounted: int = 0,
 ) -> tuple[Ints, Ints]:
     """Return upper bounds of (tokens, patches) of every record, from the index alone.
 
     Each bound is what `packing.length_bound` gives without the record. `joint_every` and
-    `instruction` (tokens) are of pairs, whose texts are joined.
+    `instruction` (tokens) are of pairs, whose texts are joined. `ends`: tokens beside pictures and
+    texts. `uncounted`: tokens of text that the index does not know of.
     """
     tokens, patches = _picture_sums(columns, picture_cost)
     counted, limit = columns.num_text_tokens, np.int32(max_text_tokens)
@@ -72,9 +75,9 @@ def index_bounds(
         most = np.where(counted >= 0, counted + counted // joint_every, limit)
         text = np.minimum(most + np.int32(instruction), limit) + np.minimum(most, limit)
     else:
-        longest = 2 * limit if view == "bridged" else limit
-        text = np.where(counted >= 0, np.minimum(counted, longest), longest)
-    return tokens + text.astype(np.int32) + np.int32(_TEXT_ENDS), patches
+        longest = 2 * limit if view in TWO_TEXTS else limit
+        text = np.where(counted >= 0, np.minimum(counted + np.int32(uncounted), longest), longest)
+    return tokens + text.astype(np.int32) + np.int32(ends), patches
 
 
 def mapped_bounds(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cocoa_dist.config import ObjectiveConfig, ReconstructionConfig
-from cocoa_dist.data.geometry import ImageGeometry
+from cocoa_dist.data.geometry import Grid, ImageGeometry
 from cocoa_dist.data.samples import Bools, Ints, Sample, Vocabulary
 from cocoa_dist.segments import Role
 
@@ -50,7 +50,8 @@ def corrupt(
 ) -> CorruptedSample:
     """Apply a stage's objective to one sample.
 
-    reconstruction: each token of text and each visual token is hidden with its own probability.
+    reconstruction: tokens of text and visual tokens are hidden at a ratio each, one by one or in
+    spans and squares; those of a CONTEXT beside a TARGET at a ratio of their own, unasked.
     next_token: nothing is hidden, every token of text is asked for from the row before it.
     contrastive: nothing. Where a sample has a TARGET, only its text is hidden or asked for.
     """
@@ -58,7 +59,9 @@ def corrupt(
     if objective.kind == "contrastive" or sample.is_filler:
         return plain
     if isinstance(objective, ReconstructionConfig):
-        return _reconstruction(plain, objective, draw=draw, vocabulary=vocabulary)
+        return _reconstruction(
+            plain, objective, draw=draw, vocabulary=vocabulary, geometry=geometry
+        )
     asked = np.flatnonzero(_supervised(sample, shifted=True))
     return CorruptedSample(
         sample=sample,
@@ -75,16 +78,28 @@ def _reconstruction(
     *,
     draw: np.random.Generator,
     vocabulary: Vocabulary,
+    geometry: ImageGeometry,
 ) -> CorruptedSample:
     sample = plain.sample
     shifted = objective.label_shift
-    drawn = draw.random(len(sample.input_ids)) < objective.text_mask_ratio
-    hidden = np.flatnonzero(drawn & _supervised(sample, shifted=shifted))
+    ratio = objective.text_mask_ratio
+    hidden = np.flatnonzero(
+        _hidden_text(_supervised(sample, shifted=shifted), ratio, objective, draw=draw)
+    )
     input_ids = sample.input_ids.copy()
     input_ids[hidden] = vocabulary.mask
+    ratio = objective.image_mask_ratio
+    if objective.context_mask_ratio > 0.0:
+        context = sample.text_positions & ~_in_target(sample)
+        unseen = _hidden_text(context, objective.context_mask_ratio, objective, draw=draw)
+        input_ids[unseen] = vocabulary.mask
+        ratio = ratio or objective.context_mask_ratio
     masks = plain.image_masks
-    if objective.image_mask_ratio > 0.0:
-        masks = tuple(draw.random(len(m)) < objective.image_mask_ratio for m in masks)
+    if ratio > 0.0:
+        masks = tuple(
+            _hidden_visual(geometry.grid(image), ratio, objective, draw=draw, merge=geometry.merge)
+            for image in sample.images
+        )
     return CorruptedSample(
         sample=sample,
         input_ids=input_ids,
@@ -94,6 +109,55 @@ def _reconstruction(
     )
 
 
+def _hidden_text(
+    allowed: Bools, ratio: float, objective: ReconstructionConfig, *, draw: np.random.Generator
+) -> Bools:
+    """Return which of the allowed tokens (n,) are hidden; spans begin at a place that is drawn."""
+    span, places = objective.text_mask_span, np.arange(len(allowed))
+    if span > 1:
+        places = (places + int(draw.integers(span))) // span
+    return _chosen(allowed, places, ratio, exact=objective.mask_sampling == "exact", draw=draw)
+
+
+def _hidden_visual(
+    grid: Grid,
+    ratio: float,
+    objective: ReconstructionConfig,
+    *,
+    draw: np.random.Generator,
+    merge: int,
+) -> Bools:
+    """Return which of a picture's visual tokens (m,) are hidden; `grid` is in patches."""
+    time, high, wide = grid[0], grid[1] // merge, grid[2] // merge
+    side, places = objective.image_mask_block, np.arange(time * high * wide)
+    if side > 1:
+        down, across = (draw.integers(side, size=2)).tolist()
+        frame, row, column = np.indices((time, high, wide))
+        rows, columns = (row + down) // side, (column + across) // side
+        places = (frame * (high + 1) + rows) * (wide + 1) + columns
+    allowed = np.ones(time * high * wide, dtype=np.bool_)
+    exact = objective.mask_sampling == "exact"
+    return _chosen(allowed, places.ravel(), ratio, exact=exact, draw=draw)
+
+
+def _chosen(
+    allowed: Bools, groups: Ints, ratio: float, *, exact: bool, draw: np.random.Generator
+) -> Bools:
+    """Choose a share of the allowed places (n,), group by group; every place has that probability.
+
+    `exact`: n times the ratio of them, a fraction of a place being drawn, so that short texts keep
+    the ratio as well; the last group is cut. Otherwise each group is chosen by itself.
+    """
+    keys = draw.random(int(groups[-1]) + 1)[groups] if len(groups) else np.empty(0)
+    if not exact:
+        return allowed & (keys < ratio)
+    places = np.flatnonzero(allowed)
+    count = int(len(places) * ratio + draw.random())
+    chosen = np.zeros(len(allowed), dtype=np.bool_)
+    chosen[places[np.argsort(keys[places], kind="stable")][:count]] = True
+    return chosen
+
+
 def _supervised(sample: Sample, *, shifted: bool) -> Bools:
     """Return which tokens may be hidden or asked for, (n,).
 
@@ -101,9 +165,15 @@ def _supervised(sample: Sample, *, shifted: bool) -> Bools:
     """
     allowed = sample.text_positions.copy()
     if any(segment.role is Role.TARGET for segment in sample.segments):
-        for segment in sample.segments:
-            if segment.role is not Role.TARGET:
-                allowed[segment.start : segment.stop] = False
+        allowed &= _in_target(sample)
     if shifted:
         allowed[:1] = False
     return allowed
+
+
+def _in_target(sample: Sample) -> Bools:
+    inside = np.zeros(len(sample.input_ids), dtype=np.bool_)
+    for segment in sample.segments:
+        if segment.role is Role.TARGET:
+            inside[segment.start : segment.stop] = True
+    return inside

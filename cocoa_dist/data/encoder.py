@@ -20,10 +20,12 @@ from cocoa_dist.data.packing import (
     JOINT_EVERY,
     EmbeddingInfo,
     build_pack,
+    end_tokens,
     identity_number,
     instruction_tokens,
     length_bound,
     picture_cost,
+    uncounted_tokens,
 )
 from cocoa_dist.data.record_source import LEFT_OUT, RecordSource
 from cocoa_dist.data.records import Record
@@ -118,22 +120,27 @@ class StepEncoder:
         reader = source.reader
         pictures = self.settings.pictures
         instruction = instruction_tokens(self.vocabulary, self.settings)
+        view = self.stage.data.view
+        ends = end_tokens(view, self.vocabulary)
+        uncounted = uncounted_tokens(view, self.vocabulary, self.settings)
 
         def part(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
             return index_bounds(
                 reader.index_columns(begin, end, counted=self._counted(source)),
-                view=self.stage.data.view,
+                view=view,
                 max_text_tokens=self.settings.max_text_tokens,
                 picture_cost=lambda size: picture_cost(size, self.settings),
                 joint_every=JOINT_EVERY,
                 instruction=instruction,
+                ends=ends,
+                uncounted=uncounted,
             )
 
         image = self._config.data.image
         described = [
-            *(reader.fingerprint, self.stage.data.view, self.settings.max_text_tokens),
+            *(reader.fingerprint, view, self.settings.max_text_tokens),
             *(self._counted(source), image.min_pixels, image.max_pixels, pictures.factor),
-            *(instruction, BOUNDS_VERSION),
+            *(instruction, ends, uncounted, BOUNDS_VERSION),
         ]
         return mapped_bounds(folder, count=source.num_records, key=repr(described), part=part)
 
@@ -223,4 +230,6 @@ class StepEncoder:
             pooling=self.stage.pooling,
             noise=draft.draws,
             normalise_patches=objective.kind == "reconstruction" and objective.normalise_patches,
+            replace_pixels=objective.kind != "reconstruction"
+            or objective.mask_replacement == "gaussian",
         )

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from cocoa_dist.attention import AttentionPlan, compile_plan
 from cocoa_dist.batch import PackedBatch
+from cocoa_dist.data.bounds import TWO_TEXTS
 from cocoa_dist.data.corruption import CorruptedSample, uncorrupted
+from cocoa_dist.data.dialogues import most_added_tokens
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels
 from cocoa_dist.data.records import Record, Side, side_texts
@@ -28,9 +30,10 @@ from cocoa_dist.data.samples import (
     text_start,
 )
 from cocoa_dist.data.vision_layout import vision_layout
-from cocoa_dist.segments import AttentionRule, Segment
+from cocoa_dist.segments import AttentionRule, Role, Segment
 
 Floats = NDArray[np.float32]
+Pooling = Literal["last", "mean", "compression"]
 
 JOINT_EVERY = 4  # the index counts texts one by one; joined, each may take a token more
 _VARIANCE_FLOOR = 1e-6  # of normalised patches (arXiv 2111.06377, released code)
@@ -59,14 +62,16 @@ def build_pack(
     geometry: ImageGeometry,
     vocabulary: Vocabulary,
     embeddings: Sequence[EmbeddingInfo] = (),
-    pooling: Literal["last", "mean"] = "last",
+    pooling: Pooling = "last",
     noise: Sequence[np.random.Generator] = (),
     normalise_patches: bool = False,
+    replace_pixels: bool = True,
 ) -> PackedBatch:
     """Build one micro-batch on the host.
 
     `embeddings`: one for each sample, or none at all. `noise`: one generator for each sample,
-    needed where visual tokens are hidden. Without samples the pack holds a filler alone.
+    needed where visual tokens are hidden; without `replace_pixels` their pixels stay, and the model
+    replaces them. Without samples the pack holds a filler alone.
     """
     if not samples:
         samples = [uncorrupted(filler_sample(vocabulary), geometry=geometry)]
@@ -77,8 +82,14 @@ def build_pack(
     starts = np.cumsum(lengths) - lengths
     clean_ids = np.concatenate([s.sample.input_ids for s in samples])
     image_rows = np.flatnonzero(clean_ids == vocabulary.image_pad)
-    vision = _vision(samples, geometry=geometry, noise=noise, normalise=normalise_patches)
-    pooled = _pooled_rows(starts, lengths, pooling) if embeddings else _no_rows()
+    vision = _vision(
+        samples,
+        geometry=geometry,
+        noise=noise,
+        normalise=normalise_patches,
+        replace=replace_pixels,
+    )
+    pooled = _pooled_rows(samples, starts, lengths, pooling) if embeddings else _no_rows()
     num_real = sum(not s.sample.is_filler for s in samples)
     return PackedBatch(
         input_ids=_joined([s.input_ids for s in samples]),
@@ -96,6 +107,7 @@ def build_pack(
         patch_targets=torch.from_numpy(vision.targets),
         pool_rows=torch.from_numpy(pooled.rows),
         pool_index=torch.from_numpy(pooled.index),
+        bridge_rows=torch.from_numpy(_long_bridges(samples, starts, vocabulary)),
         pair_ids=torch.tensor([e.pair_id for e in embeddings], dtype=torch.int64),
         sides=torch.tensor([e.side for e in embeddings], dtype=torch.int64),
         identities=torch.tensor([e.identity for e in embeddings], dtype=torch.int64),
@@ -179,6 +191,7 @@ def length_bound(
     limit = settings.max_text_tokens
     known = num_text_tokens >= 0
     text = min(num_text_tokens, limit) if known else limit
+    ends = end_tokens(view, vocabulary)
     costs = [picture_cost(size, settings) for size in image_sizes]
 
     def pictures(side: Side) -> tuple[int, int]:
@@ -191,18 +204,32 @@ def length_bound(
         target = max(sides, key=lambda cost: cost[1])
     if view != "pair":
         tokens, patches = query if query[1] or record is None else target
-        if view == "bridged":
-            text = min(num_text_tokens, 2 * limit) if known else 2 * limit
-        return tokens + text + 2, patches
+        if view in TWO_TEXTS:
+            added = uncounted_tokens(view, vocabulary, settings)
+            text = min(num_text_tokens + added, 2 * limit) if known else 2 * limit
+        return tokens + text + ends, patches
     instruction = instruction_tokens(vocabulary, settings)
     if record is None:
         most = num_text_tokens + num_text_tokens // JOINT_EVERY if known else limit
         both = min(most + instruction, limit) + min(most, limit)
-        return query[0] + both + 2, query[1]
+        return query[0] + both + ends, query[1]
     texts = [" ".join(side_texts(side)) for side in record.positives or (record.target,)]
     longest = max(min(len(vocabulary.encode(text_start(one, limit))), limit) for one in texts)
-    tokens = query[0] + target[0] + min(text + instruction, limit) + longest + 2
+    tokens = query[0] + target[0] + min(text + instruction, limit) + longest + ends
     return tokens, query[1] + target[1]
+
+
+def end_tokens(view: str, vocabulary: Vocabulary) -> int:
+    """Return how many tokens the samples of a record have beside pictures and texts, at most."""
+    bridge = len(vocabulary.bridge_ids)
+    return 2 * bridge if view == "pair" else 1 + bridge if view in TWO_TEXTS else 2
+
+
+def uncounted_tokens(view: str, vocabulary: Vocabulary, settings: ViewSettings) -> int:
+    """Return how many tokens of text a view can add to those that the index counts."""
+    if view == "bridged" and settings.separate_views:
+        return 2 * settings.max_text_tokens  # texts of meta.captions are not counted
+    return most_added_tokens(view, vocabulary=vocabulary, max_turns=settings.max_turns)
 
 
 def instruction_tokens(vocabulary: Vocabulary, settings: ViewSettings) -> int:
@@ -241,6 +268,7 @@ def _vision(
     geometry: ImageGeometry,
     noise: Sequence[np.random.Generator],
     normalise: bool,
+    replace: bool,
 ) -> _Vision:
     images = [image for s in samples for image in s.sample.images]
     per_token = geometry.merge**2
@@ -265,7 +293,7 @@ def _vision(
         centred = targets - targets.mean(axis=1, keepdims=True)
         variance = targets.var(axis=1, ddof=1, keepdims=True)
         targets = centred / np.sqrt(variance + np.float32(_VARIANCE_FLOOR))
-    if len(rows):
+    if len(rows) and replace:
         pixels[rows] = _noise(samples, noise, per_token=per_token, values=values)
     return _Vision(
         pixels=pixels,
@@ -321,11 +349,34 @@ def _no_rows() -> _Rows:
     return _Rows(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
-def _pooled_rows(starts: Ints, lengths: Ints, pooling: Literal["last", "mean"]) -> _Rows:
-    """Return the rows each sample's embedding is averaged from: EOS, or all of them."""
+def _pooled_rows(
+    samples: Sequence[CorruptedSample], starts: Ints, lengths: Ints, pooling: Pooling
+) -> _Rows:
+    """Return the rows each sample's embedding is averaged from: its last, its bridge, or all."""
+    if pooling == "compression":
+        rows = [_bridge(s) + start for s, start in zip(samples, starts, strict=True)]
+        counts = [len(one) for one in rows]
+        return _Rows(np.concatenate(rows), np.repeat(np.arange(len(starts)), counts))
     if pooling == "last":
         return _Rows(starts + lengths - 1, np.arange(len(starts)))
     return _Rows(np.arange(int(lengths.sum())), np.repeat(np.arange(len(starts)), lengths))
+
+
+def _bridge(sample: CorruptedSample) -> Ints:
+    """Return the rows of a sample's bridge, in the sample's coordinates."""
+    spans = [s for s in sample.sample.segments if s.role is Role.BRIDGE]
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(s.start, s.stop) for s in spans)])
+
+
+def _long_bridges(samples: Sequence[CorruptedSample], starts: Ints, vocabulary: Vocabulary) -> Ints:
+    """Return the rows (B, K) of the bridges of real samples; none where a bridge is one token."""
+    length = len(vocabulary.bridge_ids)
+    rows = [
+        _bridge(s) + start
+        for s, start in zip(samples, starts, strict=True)
+        if length > 1 and not s.sample.is_filler
+    ]
+    return np.array([one for one in rows if len(one)], dtype=np.int64).reshape(-1, length)
 
 
 def _positions(

@@ -24,6 +24,8 @@ _KINDS = (
     ("broken EXIF", "picture is truncated"),
     ("truncated or damaged", "picture is truncated"),
     ("has no tokens", "text is empty"),
+    ("dialogue without answers", "dialogue without answers"),
+    ("empty after truncation", "target is cut away"),
     ("the record has no", "no part for this view"),
     ("[Errno", "store fails"),
     ("msc://", "store fails"),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_dist.config import DataConfig, ImageConfig, StageDataConfig
+from cocoa_dist.data.dialogues import Turn, encode_turns, made_up_turns, recorded_turns
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels
 from cocoa_dist.data.picture_cache import PictureCache
@@ -42,6 +43,8 @@ class ViewSettings:
     keywords: Literal["sample", "all", "none"] = "all"
     image_share: float = 1.0
     instruction: str = ""
+    separate_views: bool = False
+    max_turns: int = 10
     augment: bool = False  # shift and darken pictures; training only
 
 
@@ -53,7 +56,7 @@ def view_settings(
     training: bool = False,
 ) -> ViewSettings:
     """Return a stage's settings; without `stage`, what evaluation and export need."""
-    of_stage = {"keywords", "image_share", "instruction"}
+    of_stage = {"keywords", "image_share", "instruction", "separate_views", "max_turns"}
     return ViewSettings(
         image=data.image,
         geometry=geometry,
@@ -167,19 +170,44 @@ class _Writer:
             self._write(ids, Role.CONTEXT, is_text=False)
             self._images.append(image)
 
-    def text(self, text: str, role: Role = Role.CONTEXT) -> None:
-        """Write a text, cut to max_text_tokens. Raises ValueError if it has no token."""
-        limit = self._settings.max_text_tokens
+    def text(self, text: str, role: Role = Role.CONTEXT, *, limit: int | None = None) -> int:
+        """Write a text, cut to `limit` tokens (default: max_text_tokens); return its tokens.
+
+        Raises ValueError if it has no token.
+        """
+        limit = self._settings.max_text_tokens if limit is None else limit
         start = text_start(text, limit)
         ids = self._vocabulary.encode(start)
         if not ids:
             raise ValueError(f"text {text[:40]!r} has no tokens, expected some text")
         self._truncated += len(ids) > limit or len(start) < len(text)
-        self._write(ids[:limit], role, is_text=True)
+        if limit:
+            self._write(ids[:limit], role, is_text=True)
+        return min(len(ids), limit)
 
     def token(self, token: int, role: Role = Role.CONTEXT, *, is_text: bool = False) -> None:
         """Write one special token."""
         self._write([token], role, is_text=is_text)
+
+    def bridge(self) -> None:
+        """Write the tokens that an embedding is read from, BRIDGE."""
+        self._write(list(self._vocabulary.bridge_ids), Role.BRIDGE, is_text=False)
+
+    def turns(self, turns: Sequence[Turn]) -> None:
+        """Write a dialogue, TARGET, cut to max_text_tokens in all; its answers are text.
+
+        Raises ValueError if no answer is left.
+        """
+        settings = self._settings
+        encoded = encode_turns(
+            turns,
+            vocabulary=self._vocabulary,
+            max_tokens=settings.max_text_tokens,
+            max_turns=settings.max_turns,
+        )
+        self._truncated += encoded.truncated
+        self._write(encoded.input_ids.tolist(), Role.TARGET, is_text=False)
+        self._text[-len(encoded.answers) :] = encoded.answers.tolist()
 
     def sample(self) -> Sample:
         """Return what was written; neighbours of one role are one segment."""
@@ -217,7 +245,12 @@ def _bridged_view(
     writer = _Writer(vocabulary, settings)
     use_picture = draw.random() < settings.image_share
     name, keywords = _name_and_keywords(record)
-    if record.target and _side_images(record.query):
+    if settings.separate_views:
+        context, target = _two_texts(record, draw=draw)
+        if use_picture:
+            writer.pictures(_need_pictures(record, draw=draw, settings=settings))
+        writer.text(context)
+    elif record.target and _side_images(record.query):
         writer.pictures(_load_side(record, record.query, draw=draw, settings=settings))
         if name:
             writer.text(name)
@@ -229,7 +262,7 @@ def _bridged_view(
         listed = ", ".join(keywords)
         context, target = (name, listed) if draw.random() < 0.5 else (listed, name)
         writer.text(context)
-    writer.token(vocabulary.eos, Role.BRIDGE)
+    writer.bridge()
     writer.text(target, Role.TARGET)
     return (writer.sample(),)
 
@@ -269,11 +302,77 @@ def _pair_view(
     return tuple(made)
 
 
+def _interleaved_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Texts and pictures in the order of the document, all CONTEXT; its texts share one limit.
+
+    A record whose pictures are its positives is a picture with a caption, or a caption alone.
+    """
+    writer = _Writer(vocabulary, settings)
+    in_positives = any(_side_images(side) for side in record.positives)
+    if in_positives and not _side_images(record.query):
+        if draw.random() < settings.image_share:
+            writer.pictures(_need_pictures(record, draw=draw, settings=settings))
+        writer.text(_caption(record, draw=draw, settings=settings))
+        return (writer.sample(),)
+    pictures = iter(_load_side(record, record.query, draw=draw, settings=settings))
+    left = settings.max_text_tokens
+    for part in (*record.query, *(part for part in record.target if part.kind == "text")):
+        if part.kind == "image":
+            writer.pictures([next(pictures)])
+        else:
+            left -= writer.text(part.text, limit=left)
+    return (writer.sample(),)
+
+
+def _dialogue_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Pictures and text of the query, then the bridge, then its turns: only answers are asked."""
+    writer = _Writer(vocabulary, settings)
+    turns = recorded_turns(record)
+    writer.pictures(_load_side(record, record.query, draw=draw, settings=settings))
+    texts = side_texts(record.query)
+    if texts:
+        writer.text(" ".join(texts))
+    writer.bridge()
+    writer.turns(turns)
+    return (writer.sample(),)
+
+
+def _questions_view(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> tuple[Sample, ...]:
+    """Picture, bridge, then questions about the record's own name, keywords or caption."""
+    writer = _Writer(vocabulary, settings)
+    name, keywords = _name_and_keywords(record)
+    if settings.keywords == "none":
+        keywords = []
+    elif settings.keywords == "sample" and keywords:
+        count = int(draw.integers(1, len(keywords) + 1))
+        keywords = [keywords[i] for i in draw.permutation(len(keywords))[:count]]
+    writer.pictures(_need_pictures(record, draw=draw, settings=settings))
+    writer.bridge()
+    writer.turns(
+        made_up_turns(
+            name=name,
+            listed=", ".join(keywords),
+            caption=_caption(record, draw=draw, settings=settings),
+            listed_first=bool(draw.random() < 0.5),
+        )
+    )
+    return (writer.sample(),)
+
+
 VIEWS: Mapping[str, View] = {
     "caption": _caption_view,
     "bridged": _bridged_view,
     "language": _language_view,
     "pair": _pair_view,
+    "interleaved": _interleaved_view,
+    "dialogue": _dialogue_view,
+    "questions": _questions_view,
 }
 
 
@@ -290,7 +389,7 @@ def _embedding(
     writer.pictures(images)
     if joined or not images:
         writer.text(joined)
-    writer.token(vocabulary.eos, Role.BRIDGE)
+    writer.bridge()
     return writer.sample()
 
 
@@ -318,6 +417,29 @@ def _caption(record: Record, *, draw: np.random.Generator, settings: ViewSetting
     count = int(draw.integers(1, len(keywords) + 1))
     listed = ", ".join(keywords[i] for i in draw.permutation(len(keywords))[:count])
     return f"{name}: {listed}" if name and draw.random() < _WITH_NAME_SHARE else listed
+
+
+def record_texts(record: Record) -> list[str]:
+    """Return what different texts a record has: its captions, or its name and what is beside it.
+
+    Raises ValueError for captions or keywords in its meta that are no texts.
+    """
+    captions = record.meta.get("captions") or []
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise ValueError(f"meta.captions is {captions!r}, expected a list of texts")
+    if len(captions) > 1:
+        return captions
+    name, keywords = _name_and_keywords(record)
+    beside = ", ".join(keywords) or " ".join(side_texts(record.target))
+    return list(dict.fromkeys(text for text in (name, beside) if text))
+
+
+def _two_texts(record: Record, *, draw: np.random.Generator) -> tuple[str, str]:
+    texts = record_texts(record)
+    if len(texts) < 2:
+        raise ValueError("the record has no second text, expected two for data.separate_views")
+    first, second = draw.permutation(len(texts))[:2].tolist()
+    return texts[first], texts[second]
 
 
 def _side_images(side: Side) -> list[int]:

@@ -34,6 +34,14 @@ class Vocabulary:
     encoder: Callable[[str], Sequence[int]] = field(repr=False, compare=False)
     sha256: str = ""  # of tokenizer.json; "" where there is none
     new: range = range(0)  # ids of the tokens that the recipe has added to the tokenizer's own
+    learnt: range = range(0)  # ids of tokens with embeddings of their own, see model/learnt.py
+    learnt_before: bool = False  # the tokenizer had them already: the model's rows are theirs
+    bridge: tuple[int, ...] = ()  # what an embedding is read from; () is EOS alone
+
+    @property
+    def bridge_ids(self) -> tuple[int, ...]:
+        """Tokens of a bridge, in order."""
+        return self.bridge or (self.eos,)
 
     def encode(self, text: str) -> list[int]:
         """Return plain BPE ids: special tokens written out in a text are read as text."""
@@ -49,6 +57,17 @@ class Vocabulary:
         first_new = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         wanted = (model_config.mask_token, *model_config.new_tokens)
         tokenizer.add_special_tokens([t for t in wanted if tokenizer.token_to_id(t) is None])
+        behind_new = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        learnt = learnt_tokens(model_config)
+        learnt_before = tokenizer.token_to_id(_learnt_token(0)) is not None
+        further = _learnt_token(len(learnt))
+        if learnt and learnt_before and tokenizer.token_to_id(further) is not None:
+            raise ValueError(
+                f"tokenizer {tokenizer_path} has {further}, the recipe asks for {len(learnt)} "
+                "compression tokens: it comes from a model with more of them; set "
+                "model.compression_tokens or model.num_bridge_tokens to that number"
+            )
+        tokenizer.add_special_tokens([t for t in learnt if tokenizer.token_to_id(t) is None])
         tokens = {
             "eos": model_config.bridge_token,
             "image_pad": "<|image_pad|>",
@@ -65,6 +84,8 @@ class Vocabulary:
                 "Qwen2-VL's kind; set model.tokenizer or model.bridge_token, or model.new_tokens"
             )
         file = tokenizer_path / _TOKENIZER_FILE
+        ids = _learnt_ids([vocabulary[token] for token in learnt], folder=tokenizer_path)
+        eos = () if model_config.compression_tokens else (vocabulary[model_config.bridge_token],)
         return cls(
             **{name: vocabulary[token] for name, token in tokens.items()},
             size=1 + max(vocabulary.values()),
@@ -72,8 +93,40 @@ class Vocabulary:
                 lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids)
             ),
             sha256=sha256_file(file) if file.is_file() else "",
-            new=range(first_new, 1 + max(vocabulary.values())),
+            new=range(first_new, behind_new),
+            learnt=ids,
+            learnt_before=learnt_before,
+            bridge=(*eos, *ids) if ids else (),
         )
+
+
+def learnt_tokens(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the tokens whose embeddings are a parameter of their own, in order."""
+    return tuple(_learnt_token(number) for number in range(config.num_learnt_tokens))
+
+
+def bridge_tokens(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the tokens of a bridge, in order; none for EOS alone."""
+    learnt = learnt_tokens(config)
+    return learnt if config.compression_tokens or not learnt else (config.bridge_token, *learnt)
+
+
+def _learnt_token(number: int) -> str:
+    return f"<|compress_{number}|>"
+
+
+def _learnt_ids(ids: Sequence[int], *, folder: Path) -> range:
+    """Return ids as a range. Raises ValueError for a tokenizer that has some of the tokens."""
+    if not ids:
+        return range(0)
+    found = range(ids[0], ids[0] + len(ids))
+    if list(ids) != list(found):
+        raise ValueError(
+            f"tokenizer {folder} has some of the {len(ids)} compression tokens, or has them in "
+            f"another order (ids {ids[0]} to {ids[-1]}): it comes from a model with another number "
+            "of them; set model.compression_tokens or model.num_bridge_tokens to that number"
+        )
+    return found
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -8,6 +8,7 @@ weight zero. Under ZeRO-3 anything else hangs (ranks must gather parameters in t
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput as TransformersOutput
@@ -16,6 +17,7 @@ from cocoa_dist.batch import PackedBatch
 from cocoa_dist.model.adapter import NewTokenRows
 from cocoa_dist.model.backbone import vision_inputs
 from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, pool
+from cocoa_dist.model.learnt import HiddenPatch, LearntTokens, bridge_similarity
 
 
 @dataclass
@@ -28,6 +30,7 @@ class ModelOutput(TransformersOutput):  # type: ignore[misc]
     logits_SV: Tensor | None = None  # at batch.label_rows
     patches_RC: Tensor | None = None  # at batch.patch_rows
     embeddings_ED: Tensor | None = None  # float32, unit length
+    bridge_similarity: Tensor | None = None  # (), summed over samples; of bridges of several tokens
 
 
 class EmbeddingModel(nn.Module):
@@ -38,10 +41,36 @@ class EmbeddingModel(nn.Module):
         self.backbone = backbone
         self.heads = heads
         self.new_tokens: NewTokenRows | None = None
+        self.compression_tokens: LearntTokens | None = None
         if heads.patch_values:
             self.patch_decoder = PatchDecoder(
                 self.core.language_model, patch_values=heads.patch_values
             )
+
+        if heads.learnt_mask:
+            self.hidden_patch = HiddenPatch(self.core.language_model.embed_tokens)
+
+    def add_compression_tokens(self, *, ids: range, known: bool) -> None:
+        """Give the tokens `ids` embeddings of their own; `known`: they begin as the model's rows.
+
+        Raises ValueError if the embedding has no such rows.
+        """
+        embedding: Any = self.backbone.get_input_embeddings()
+        _check_rows(embedding, ids)
+        self.compression_tokens = LearntTokens(
+            embedding, first=ids.start, count=len(ids), known=known
+        )
+
+    @torch.no_grad()
+    def write_compression_tokens(self) -> None:
+        """Put learnt tokens into their rows of the input embedding, for a model without this class.
+
+        What this model computes from text and pictures does not change.
+        """
+        learnt = self.compression_tokens
+        if learnt is not None:
+            embedding: Any = self.backbone.get_input_embeddings()
+            embedding.weight[learnt.first : learnt.first + learnt.count] = learnt.rows
 
     def add_new_tokens(self, *, first: int, count: int) -> None:
         """Train `count` rows of the input embedding beside a frozen backbone, from id `first` on.
@@ -49,11 +78,7 @@ class EmbeddingModel(nn.Module):
         Raises ValueError if the embedding has fewer rows.
         """
         embedding: Any = self.backbone.get_input_embeddings()
-        if first + count > embedding.num_embeddings:
-            raise ValueError(
-                f"new tokens have ids {first} to {first + count - 1}, the model embeds only "
-                f"{embedding.num_embeddings} tokens: load it with a vocabulary that has them"
-            )
+        _check_rows(embedding, range(first, first + count))
         self.new_tokens = NewTokenRows(
             first=first,
             count=count,
@@ -80,12 +105,15 @@ class EmbeddingModel(nn.Module):
             position_ids=batch.position_ids[:, None],
             use_cache=False,
             segment_plan=batch.plan,
-            **_deepstack_inputs(features, batch.image_rows),
+            **_deepstack_inputs(self._shown(features, batch), batch.image_rows),
         ).last_hidden_state[0]
         return ModelOutput(
             logits_SV=self._logits(hidden_TD, batch) if self.heads.text_logits else None,
             patches_RC=self._patches(hidden_TD, batch) if self.heads.patch_values else None,
             embeddings_ED=self._pooled(hidden_TD, batch) if self.heads.embeddings else None,
+            bridge_similarity=bridge_similarity(hidden_TD, batch.bridge_rows)
+            if batch.bridge_rows.shape[1] > 1
+            else None,
         )
 
     def _embed(self, batch: PackedBatch, visual_MD: Tensor) -> Tensor:
@@ -93,11 +121,23 @@ class EmbeddingModel(nn.Module):
         tokens_TD: Tensor = self.core.language_model.embed_tokens(batch.input_ids)
         if self.new_tokens is not None:
             tokens_TD = self.new_tokens(tokens_TD, batch.input_ids)
+        if self.compression_tokens is not None:
+            tokens_TD = self.compression_tokens(tokens_TD, batch.input_ids)
         used = len(batch.image_rows)
         filled_TD = tokens_TD.index_copy(0, batch.image_rows, visual_MD[:used].to(tokens_TD.dtype))
+        if self.heads.learnt_mask:
+            filled_TD = self.hidden_patch(filled_TD, _is_hidden(batch))
         filler = 0.0 * visual_MD[used:].sum()  # it keeps its place in backward
         embedded_TD: Tensor = filled_TD + filler
         return embedded_TD
+
+    def _shown(self, features: list[Tensor] | None, batch: PackedBatch) -> list[Tensor] | None:
+        """Return the features behind the first layers without those of hidden visual tokens."""
+        if not features or not self.heads.learnt_mask:
+            return features
+        used = len(batch.image_rows)
+        shown_M1 = (~_is_hidden(batch)[batch.image_rows])[:, None]
+        return [torch.cat([f_MD[:used] * shown_M1, f_MD[used:]]) for f_MD in features]
 
     def _logits(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         head = self.backbone.get_output_embeddings()
@@ -117,6 +157,20 @@ class EmbeddingModel(nn.Module):
     def _pooled(hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         return pool(
             hidden_TD, rows=batch.pool_rows, index=batch.pool_index, count=batch.num_embeddings
+        )
+
+
+def _is_hidden(batch: PackedBatch) -> Tensor:
+    """Mark the rows (T,) of hidden visual tokens."""
+    none_T = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
+    return none_T.index_fill(0, batch.patch_rows, value=True)
+
+
+def _check_rows(embedding: Any, ids: range) -> None:
+    if ids.stop > embedding.num_embeddings:
+        raise ValueError(
+            f"new tokens have ids {ids.start} to {ids.stop - 1}, the model embeds only "
+            f"{embedding.num_embeddings} tokens: load it with a vocabulary that has them"
         )
 
 

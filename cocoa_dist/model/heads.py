@@ -17,6 +17,7 @@ class HeadsConfig:
     text_logits: bool = False
     patch_values: int = 0  # values a masked visual token is rebuilt to, C'; 0: no decoder
     embeddings: bool = False
+    learnt_mask: bool = False  # hidden visual tokens become a learnt vector, behind the tower
 
 
 class PatchDecoder(nn.Module):

@@ -49,6 +49,15 @@ class Measures:
         return list(found.values())
 
 
+BRIDGE_MEASURES = ("alike", "bridges")
+
+
+def measure_bridge(measures: Measures, output: ModelOutput, pack: PackedBatch) -> None:
+    """Add how alike the tokens of a bridge are, where it is several (CoMa, arXiv 2511.08480)."""
+    if output.bridge_similarity is not None:
+        measures.add(alike=output.bridge_similarity, bridges=len(pack.bridge_rows))
+
+
 class Objective(Protocol):
     """What a stage minimises: sum over terms of weight x global sum / global count."""
 

@@ -17,7 +17,7 @@ from cocoa_dist.batch import PackedBatch
 from cocoa_dist.distributed import all_gather_with_grad, gather_rows, rank
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.model.heads import HeadsConfig
-from cocoa_dist.objectives.base import Measures
+from cocoa_dist.objectives.base import BRIDGE_MEASURES, Measures, measure_bridge
 
 QUERY, TARGET = 0, 1
 
@@ -44,7 +44,8 @@ class Contrastive:
     ) -> None:
         """`symmetric` adds the same term from target to query."""
         self.measures = Measures(
-            *("distances", "pairs", "closeness", "couples", "squares", "left_out")
+            *("distances", "pairs", "closeness", "couples", "squares", "left_out"),
+            *BRIDGE_MEASURES,
         )
         self.temperature = temperature
         self.directions = 2 if symmetric else 1
@@ -71,6 +72,8 @@ class Contrastive:
                 pairs.target_BD, both[:, 0], hidden_BN, own_B, pairs.weight_B
             )
         self._measure(pairs, both[:, 1], weight_N, own_B, hidden_BN)
+        for output, pack in zip(outputs, packs, strict=True):
+            measure_bridge(self.measures, output, pack)
         return {"contrastive": total}
 
     @torch.no_grad()
@@ -100,6 +103,8 @@ class Contrastive:
         the number of dimensions when all are used alike.
         """
         health = {}
+        if measured["bridges"]:
+            health["bridge_similarity"] = measured["alike"] / measured["bridges"]
         if measured["pairs"]:
             health["alignment"] = measured["distances"] / measured["pairs"]
         if measured["squares"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.model.heads import HeadsConfig
-from cocoa_dist.objectives.base import Measures
+from cocoa_dist.objectives.base import BRIDGE_MEASURES, Measures, measure_bridge
 
 
 class Reconstruction:
@@ -21,10 +21,17 @@ class Reconstruction:
 
     step_wide = False
 
-    def __init__(self, *, image_weight: float = 0.0, patch_values: int = 0) -> None:
-        """`patch_values` C' > 0 turns the image term on, weighted by `image_weight`."""
-        self.measures = Measures("right", "asked", "texts", "hidden", "visual")
-        self.heads = HeadsConfig(text_logits=True, patch_values=patch_values)
+    def __init__(
+        self, *, image_weight: float = 0.0, patch_values: int = 0, learnt_mask: bool = False
+    ) -> None:
+        """`patch_values` C' > 0 turns the image term on, weighted by `image_weight`.
+
+        `learnt_mask`: the model replaces hidden visual tokens, their pixels are shown to the tower.
+        """
+        self.measures = Measures("right", "asked", "texts", "hidden", "visual", *BRIDGE_MEASURES)
+        self.heads = HeadsConfig(
+            text_logits=True, patch_values=patch_values, learnt_mask=learnt_mask
+        )
         self.weights: Mapping[str, float] = {"text": 1.0}
         if patch_values:
             self.weights = {"text": 1.0, "image": image_weight}
@@ -59,13 +66,18 @@ class Reconstruction:
             hidden=len(pack.patch_rows),
             visual=len(pack.image_rows),
         )
+        measure_bridge(self.measures, output, pack)
 
     def health(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """Give the shares of tokens asked for, guessed right, and of visual tokens hidden."""
+        """Give the shares of tokens asked for, guessed right, and of visual tokens hidden.
+
+        Where a bridge is several tokens, also how alike these are.
+        """
         shares = {
             "token_accuracy": ("right", "asked"),
             "asked_token_ratio": ("asked", "texts"),
             "hidden_patch_ratio": ("hidden", "visual"),
+            "bridge_similarity": BRIDGE_MEASURES,
         }
         return {
             name: measured[part] / measured[whole]

@@ -44,7 +44,16 @@ from cocoa_dist.objectives.reconstruction import Reconstruction
 from cocoa_dist.train.checkpoint import WEIGHTS_NAME
 
 _SAYS_NOTHING = ("_name_or_path", "architectures", "transformers_version")  # of a config.json
-_FRESH_PARTS = ("patch_decoder.",)  # a stage may begin or leave these; everything else must match
+_FRESH_PARTS = (
+    "patch_decoder.",
+    "hidden_patch.",
+)  # a stage may begin or leave these; everything else must match
+
+_TOKENS = "compression_tokens."
+_MORE_TOKENS = (
+    "all stages of a run have one number of compression tokens: set model.compression_tokens (or "
+    "model.num_bridge_tokens) to that of the earlier stage"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,8 @@ def build_parts(
     objective = build_objective(stage, geometry=geometry)
     with without_weights(wanted=not weights):
         model = EmbeddingModel(backbone, objective.heads)
+        if vocabulary.learnt:
+            model.add_compression_tokens(ids=vocabulary.learnt, known=vocabulary.learnt_before)
     parent = None
     if stage.init_from != FROM_MODEL:
         run_dir = _required(run_dir, init_from=stage.init_from)
@@ -167,10 +178,14 @@ def build_objective(stage: StageConfig, *, geometry: ImageGeometry) -> Objective
             symmetric=config.symmetric,
             mask_false_negatives=config.mask_false_negatives,
         )
-    if isinstance(config, ReconstructionConfig) and config.image_mask_ratio > 0:
-        pixels = 3 * (geometry.merge * geometry.patch_size) ** 2  # of one visual token, one frame
-        return Reconstruction(image_weight=config.image_loss_weight, patch_values=pixels)
-    return Reconstruction()
+    if not isinstance(config, ReconstructionConfig):
+        return Reconstruction()
+    pixels = 3 * (geometry.merge * geometry.patch_size) ** 2  # of one visual token, one frame
+    return Reconstruction(
+        image_weight=config.image_loss_weight,
+        patch_values=pixels if config.image_mask_ratio > 0 else 0,
+        learnt_mask=config.mask_replacement == "learned",
+    )
 
 
 def load_weights(model: EmbeddingModel, path: Path) -> None:
@@ -187,9 +202,17 @@ def load_weights(model: EmbeddingModel, path: Path) -> None:
         ):
             unfit = sorted(name for name in names if not name.startswith(_FRESH_PARTS))
             if unfit:
-                raise ValueError(f"{path} {fault} {len(unfit)} parameters, first {unfit[0]}")
+                more = f"; {_MORE_TOKENS}" if unfit[0].startswith(_TOKENS) else ""
+                raise ValueError(f"{path} {fault} {len(unfit)} parameters, first {unfit[0]}{more}")
         for name in found & wanted.keys():
-            wanted[name].copy_(weights.get_tensor(name))
+            value = weights.get_tensor(name)
+            if value.shape != wanted[name].shape:
+                more = f"; {_MORE_TOKENS}" if name.startswith(_TOKENS) else ""
+                raise ValueError(
+                    f"{path}: {name} is {tuple(value.shape)}, expected "
+                    f"{tuple(wanted[name].shape)}{more}"
+                )
+            wanted[name].copy_(value)
 
 
 def base_model_digest(

@@ -143,6 +143,8 @@ def load_embedder(
         vocabulary_size=vocabulary.size,
     )
     model = EmbeddingModel(backbone, HeadsConfig(embeddings=True))
+    if vocabulary.learnt:
+        model.add_compression_tokens(ids=vocabulary.learnt, known=vocabulary.learnt_before)
     if name != FROM_MODEL:
         load_weights(model, stage_weights(run_dir, name))
     geometry = image_geometry(backbone)

@@ -31,6 +31,7 @@ GEOMETRY = ImageGeometry(patch_size=8)
 SPECIALS = {"eos": 1, "image_pad": 2, "vision_start": 3, "vision_end": 4, "mask": 5, "bos": 6}
 PICTURE = [3, 2, 2, 2, 2, 4]  # a 32x32 picture in tokens
 TOKENIZER = ASSET_DIR / "tokenizer"
+EMOJI_VIEWS = sorted(VIEWS.keys() - {"dialogue"})  # its records have turns
 
 
 def encode(text: str) -> list[int]:
@@ -206,7 +207,7 @@ def test_a_long_text_is_cut_before_eos_and_counted() -> None:
     assert bridged.input_ids.tolist() == [*PICTURE, 1, *encode(long)[:4]]
 
 
-@pytest.mark.parametrize("view", sorted(VIEWS))
+@pytest.mark.parametrize("view", EMOJI_VIEWS)
 def test_an_undecodable_picture_gives_fillers_and_the_reason(view: str) -> None:
     record = emoji_record(images=(b"not a picture", b"neither"))
     result = view_samples(
@@ -252,7 +253,7 @@ def test_draws_repeat_for_one_record_and_differ_between_records() -> None:
         assert not np.array_equal(first, draw_for(*other).random(4))
 
 
-@pytest.mark.parametrize("view", sorted(VIEWS))
+@pytest.mark.parametrize("view", EMOJI_VIEWS)
 def test_the_same_draw_gives_the_same_sample(view: str) -> None:
     options = {"training": True, "keywords": "sample", "image_share": 0.5}
     for seed in range(5):
