@@ -58,6 +58,12 @@ class CardFacts:
     prompts: Mapping[str, str]
     max_text_tokens: int | None
     resize_difference: float | None  # of vectors, see selftest.resize_difference; None: not known
+    bridge: tuple[str, ...] = ("EOS",)  # the tokens that end every input
+
+    @property
+    def ending(self) -> str:
+        """What ends every input, in words."""
+        return "EOS" if len(self.bridge) == 1 else f"the {len(self.bridge)} tokens behind it"
 
 
 def model_card(info: CardInfo, facts: CardFacts) -> str:
@@ -114,13 +120,14 @@ def _truncation(facts: CardFacts) -> str:
     if facts.max_text_tokens is None:
         return ""
     limit = facts.max_text_tokens
+    longest = limit + len(facts.bridge)
     return f"""
 
-Training cut texts (with their instruction) at {limit} tokens, EOS not counted. Here one limit
-counts visual tokens too, so a text beside a smaller picture, or alone, may keep up to
-{facts.image_settings.max_tokens + 2} tokens more. For texts alone,
-`encode(texts, processing_kwargs={{"text": {{"max_length": {limit + 1}}}}})` cuts exactly as
-training did. EOS is never cut."""
+Training cut texts (with their instruction) at {limit} tokens, {facts.ending} not counted.
+Here one limit counts visual tokens too, so a text beside a smaller picture, or alone, may keep up
+to {facts.image_settings.max_tokens + 2} tokens more. For texts alone,
+`encode(texts, processing_kwargs={{"text": {{"max_length": {longest}}}}})` cuts exactly as
+training did. Only the text is ever cut, never {facts.ending}."""
 
 
 def _instructions(facts: CardFacts) -> str:
@@ -130,16 +137,23 @@ def _instructions(facts: CardFacts) -> str:
 
 Pass the instruction as `prompt=` (or `prompt_name=`), without a space at its end:
 `model.encode([...], prompt="Find the picture of this text:")`. The model then reads the picture,
-the instruction, one space, the text, and EOS. A system message with the instruction before the
-user's message gives the same tokens. Do not put it in front of the text by hand when a picture
-is given with it as well.{listed}"""
+the instruction, one space, the text, and {facts.ending}. A system message with the
+instruction before the user's message gives the same tokens. Do not put it in front of the
+text by hand when a picture is given with it as well.{listed}"""
 
 
 def _plain_usage(facts: CardFacts) -> str:
     if facts.pooling == "last":
         pool = "hidden[torch.arange(len(hidden)), batch.attention_mask.sum(1) - 1]"
+    elif facts.pooling == "compression":
+        pool = f"torch.stack([one[-{len(facts.bridge)}:].mean(0) for one in unpadded])"
     else:
         pool = "(hidden * (w := batch.attention_mask[..., None])).sum(1) / w.sum(1)"
+    unpadded = ""
+    if facts.pooling == "compression":
+        unpadded = (
+            "    unpadded = [one[keep.bool()] for one, keep in zip(hidden, batch.attention_mask)]\n"
+        )
     return f"""## Use with transformers alone
 
 ```python
@@ -161,10 +175,11 @@ batch = processor.apply_chat_template(
 )
 with torch.no_grad():
     hidden = model(**batch, use_cache=False).last_hidden_state
-    vectors = torch.nn.functional.normalize({pool}, dim=-1)
+{unpadded}    vectors = torch.nn.functional.normalize({pool}, dim=-1)
 ```
 
-`AutoTokenizer` alone serves texts: it appends EOS itself. Pad on the right (the default here)."""
+`AutoTokenizer` alone serves texts: it appends {facts.ending} itself. Pad on the right
+(the default here)."""
 
 
 def _requirements(facts: CardFacts) -> str:
@@ -202,7 +217,13 @@ Started from: {info.base}
 
 def _details(facts: CardFacts) -> str:
     settings = facts.image_settings
-    pooling = "last token (EOS)" if facts.pooling == "last" else "mean over all tokens"
+    last = "EOS" if len(facts.bridge) == 1 else facts.bridge[-1]
+    pooling = {
+        "last": f"last token ({last})",
+        "mean": "mean over all tokens",
+        "compression": f"mean over the last {len(facts.bridge)} tokens, `{facts.bridge[0]}` to "
+        f"`{facts.bridge[-1]}`, by WordWeights",
+    }[facts.pooling]
     resizing = (
         "not measured for this folder"
         if facts.resize_difference is None
@@ -212,8 +233,8 @@ def _details(facts: CardFacts) -> str:
     return f"""## Details
 
 - Tokens: `[vision_start] + [image_pad] * n + [vision_end]` if there is a picture, then
-  `instruction + " " + text`, then EOS; n is one token for {settings.factor} x {settings.factor}
-  pixels.
+  `instruction + " " + text`, then {facts.ending}; n is one token for
+  {settings.factor} x {settings.factor} pixels.
 - Pooling: {pooling}, then L2 normalisation.
 - Pictures: {settings.min_pixels} to {settings.max_pixels} pixels after resizing, patches of
   {settings.patch_size} pixels.

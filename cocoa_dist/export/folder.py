@@ -41,6 +41,7 @@ def export_folder(
     card: CardInfo,
     self_test: Sequence[SelfTestVector],
     max_text_tokens: int | None = None,
+    bridge: Sequence[str] = (),
     verify: bool = True,
 ) -> None:
     """Write a folder that SentenceTransformer(destination) and transformers load as they are.
@@ -48,6 +49,7 @@ def export_folder(
     model is the trained Qwen2VLForConditionalGeneration on CPU, adapters merged; it and the
     tokenizer are not changed. prompts are named instructions without a space at the end.
     max_text_tokens is training's limit for instruction + text (None: the model's own length).
+    bridge names the tokens that end every input, rows of the model's embedding (none: EOS alone).
     With verify the staged folder is loaded once more (memory for a second copy of the weights)
     and must give the self-test's vectors before it gets its name.
 
@@ -58,7 +60,10 @@ def export_folder(
     if destination.exists():
         raise ValueError(f"{destination} already exists: remove it or choose another destination")
     _check_model(model, image_settings)
-    _check_tokenizer(tokenizer, model)
+    ending = _ending(tokenizer, bridge)
+    _check_tokenizer(tokenizer, model, ending)
+    if pooling == "compression" and not bridge:
+        raise ValueError("pooling is compression and bridge is empty: name the compression tokens")
     if pooling not in templates.POOLING_MODES:
         raise ValueError(f"pooling is {pooling!r}, expected one of {list(templates.POOLING_MODES)}")
     if max_text_tokens is not None and max_text_tokens < 1:
@@ -71,10 +76,12 @@ def export_folder(
     staging.mkdir()
     try:
         _write_model(model, staging, bidirectional=bidirectional)
-        length = _max_length(model, image_settings, max_text_tokens)
-        _write_tokenizer(tokenizer, staging, max_length=length)
+        length = _max_length(model, image_settings, max_text_tokens, ends=len(ending))
+        _write_tokenizer(tokenizer, staging, max_length=length, ending=ending)
         width = model.config.get_text_config().hidden_size
         _write_sentence_transformers(staging, pooling=pooling, width=width, prompts=prompts)
+        if pooling == "compression":
+            _write_token_weights(staging, tokenizer, ending)
         _write_json(staging / "processor_config.json", templates.processor_config(image_settings))
         write_self_test(staging, self_test, image_settings)
         difference = _verify(staging, self_test, image_settings) if verify else None
@@ -85,6 +92,7 @@ def export_folder(
             image_settings=image_settings,
             prompts=prompts,
             max_text_tokens=max_text_tokens,
+            bridge=tuple(bridge) or ("EOS",),
             resize_difference=difference,
         )
         (staging / "README.md").write_text(model_card(card, facts), encoding="utf-8")
@@ -111,7 +119,9 @@ def _check_model(model: PreTrainedModel, settings: ImageSettings) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, ending: Mapping[str, int]
+) -> None:
     """Refuse a tokenizer whose ids are not the ones the model acts on."""
     expected = {
         templates.IMAGE_TOKEN: model.config.image_token_id,
@@ -125,13 +135,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
                 f"tokenizer gives {token} the id {vocabulary.get(token)}, "
                 f"the model's config has {token_id}: this is not the model's tokenizer"
             )
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer has no eos_token: set the one that ended each training text")
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer has no pad_token: set one, batches are padded with it")
     plain = tokenizer("a", add_special_tokens=False).input_ids
     added = tokenizer("a").input_ids
-    if added not in (plain, [*plain, tokenizer.eos_token_id]):
+    if added not in (plain, [*plain, tokenizer.eos_token_id], [*plain, *ending.values()]):
         raise ValueError(
             f"tokenizer turns 'a' into {added}, expected {plain}, with or without EOS behind: "
             "remove what its post-processor adds, training did not have it"
@@ -142,6 +150,21 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
             f"tokenizer has ids up to {max(vocabulary.values())}, "
             f"the model embeds only {rows} tokens: this is not the model's tokenizer"
         )
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, bridge: Sequence[str]) -> dict[str, int]:
+    """Return the tokens that end every input, in order, with their ids."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in bridge if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"bridge: the tokenizer has no token {', '.join(missing)}; add them before the export"
+        )
+    if not bridge and tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos_token: set the one that ended each training text")
+    if not bridge:
+        return {str(tokenizer.eos_token): int(tokenizer.eos_token_id)}
+    return {token: vocabulary[token] for token in bridge}
 
 
 def _write_model(model: PreTrainedModel, staging: Path, *, bidirectional: bool) -> None:
@@ -157,16 +180,22 @@ def _write_model(model: PreTrainedModel, staging: Path, *, bidirectional: bool) 
 
 
 def _max_length(
-    model: PreTrainedModel, settings: ImageSettings, max_text_tokens: int | None
+    model: PreTrainedModel, settings: ImageSettings, max_text_tokens: int | None, *, ends: int
 ) -> int:
-    """Tokens of the longest input: visual tokens and their two borders, text, EOS."""
+    """Tokens of the longest input: visual tokens and their two borders, text, what ends it."""
     longest = int(model.config.get_text_config().max_position_embeddings)
     if max_text_tokens is None:
         return longest
-    return min(longest, settings.max_tokens + 2 + max_text_tokens + 1)
+    return min(longest, settings.max_tokens + 2 + max_text_tokens + ends)
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path, *, max_length: int) -> None:
+def _write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    staging: Path,
+    *,
+    max_length: int,
+    ending: Mapping[str, int],
+) -> None:
     tokenizer.save_pretrained(staging)
     path = staging / "tokenizer.json"
     if not path.is_file():
@@ -175,9 +204,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path, *, max_l
             "(of the tokenizers library), the export needs its post-processor"
         )
     before = json.loads(path.read_text(encoding="utf-8"))
-    after = templates.append_eos(
-        before, eos_token=str(tokenizer.eos_token), eos_id=int(tokenizer.eos_token_id)
-    )
+    after = templates.append_bridge(before, ending)
     path.write_text(json.dumps(after, ensure_ascii=False), encoding="utf-8")
     path = staging / "tokenizer_config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -190,7 +217,7 @@ def _write_sentence_transformers(
 ) -> None:
     for name in ("1_Pooling", "2_Normalize"):
         (staging / name).mkdir()
-    _write_json(staging / "modules.json", templates.modules_config())
+    _write_json(staging / "modules.json", templates.modules_config(pooling))
     _write_json(staging / "sentence_bert_config.json", templates.transformer_config())
     _write_json(
         staging / "config_sentence_transformers.json",
@@ -200,6 +227,15 @@ def _write_sentence_transformers(
         staging / "1_Pooling" / "config.json", templates.pooling_config(pooling, width=width)
     )
     _write_json(staging / "2_Normalize" / "config.json", {})
+
+
+def _write_token_weights(
+    staging: Path, tokenizer: PreTrainedTokenizerBase, ending: Mapping[str, int]
+) -> None:
+    folder = staging / templates.WEIGHTS_FOLDER
+    folder.mkdir()
+    config = templates.token_weights_config(tokenizer.get_vocab(), ending)
+    _write_json(folder / "config.json", config)
 
 
 def _verify(

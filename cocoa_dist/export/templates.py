@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean", "compression"]
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
@@ -18,7 +18,7 @@ VISION_END_TOKEN = "<|vision_end|>"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-POOLING_MODES: Mapping[str, str] = {"last": "lasttoken", "mean": "mean"}
+POOLING_MODES: Mapping[str, str] = {"last": "lasttoken", "mean": "mean", "compression": "mean"}
 
 # Pictures first, then every text part joined by one space: sentence-transformers puts the
 # instruction in a system message before the user's, so it lands in front of the text. EOS is not
@@ -41,6 +41,9 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}\n"
     "{{- ns.text -}}\n"
 )
+
+
+WEIGHTS_FOLDER = "1_Weights"
 
 
 @dataclass(frozen=True)
@@ -108,22 +111,26 @@ def processor_config(settings: ImageSettings) -> dict[str, Any]:
     }
 
 
-def append_eos(tokenizer_json: Mapping[str, Any], *, eos_token: str, eos_id: int) -> dict[str, Any]:
-    """tokenizer.json with a post-processor that ends every text on EOS, and no fixed lengths.
+def append_bridge(tokenizer_json: Mapping[str, Any], bridge: Mapping[str, int]) -> dict[str, Any]:
+    """tokenizer.json with a post-processor that ends texts on the bridge, and no fixed lengths.
 
-    The tokenizer subtracts what the post-processor adds before it truncates: EOS is never cut.
-    Replaces the post-processor there was; the caller has checked that it adds nothing but EOS.
+    `bridge`: tokens and their ids, in order; EOS, or compression tokens. The tokenizer subtracts
+    what the post-processor adds before it truncates: the bridge is never cut. Replaces the
+    post-processor there was; the caller has checked that it adds nothing but EOS.
     """
-    eos_piece = {"SpecialToken": {"id": eos_token, "type_id": 0}}
+    pieces = [{"SpecialToken": {"id": token, "type_id": 0}} for token in bridge]
     processor = {
         "type": "TemplateProcessing",
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}, eos_piece],
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, *pieces],
         "pair": [
             {"Sequence": {"id": "A", "type_id": 0}},
             {"Sequence": {"id": "B", "type_id": 0}},
-            eos_piece,
+            *pieces,
         ],
-        "special_tokens": {eos_token: {"id": eos_token, "ids": [eos_id], "tokens": [eos_token]}},
+        "special_tokens": {
+            token: {"id": token, "ids": [token_id], "tokens": [token]}
+            for token, token_id in bridge.items()
+        },
     }
     return {**tokenizer_json, "truncation": None, "padding": None, "post_processor": processor}
 
@@ -150,10 +157,15 @@ def tokenizer_config(saved: Mapping[str, Any], *, max_length: int) -> dict[str, 
     }
 
 
-def modules_config() -> list[dict[str, Any]]:
-    """modules.json: transformer, pooling, normalisation, all classes of sentence-transformers."""
+def modules_config(pooling: Pooling) -> list[dict[str, Any]]:
+    """modules.json: transformer, pooling, normalisation, all classes of sentence-transformers.
+
+    A mean over compression tokens alone is a mean in which every other token weighs nothing.
+    """
+    weights = "sentence_transformers.sentence_transformer.modules.word_weights.WordWeights"
     types = {
         "": "sentence_transformers.base.modules.transformer.Transformer",
+        **({WEIGHTS_FOLDER: weights} if pooling == "compression" else {}),
         "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
         "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
     }
@@ -161,6 +173,16 @@ def modules_config() -> list[dict[str, Any]]:
         {"idx": index, "name": str(index), "path": path, "type": type_}
         for index, (path, type_) in enumerate(types.items())
     ]
+
+
+def token_weights_config(
+    vocabulary: Mapping[str, int], bridge: Mapping[str, int]
+) -> dict[str, Any]:
+    """config.json of WordWeights: 1 for the tokens of the bridge, 0 for all others."""
+    tokens = [""] * (1 + max(vocabulary.values()))
+    for token, token_id in vocabulary.items():
+        tokens[token_id] = token
+    return {"vocab": tokens, "word_weights": dict.fromkeys(bridge, 1.0), "unknown_word_weight": 0.0}
 
 
 def transformer_config() -> dict[str, Any]:

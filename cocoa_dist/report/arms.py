@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cocoa_dist.config import ModelConfig, RunConfig
 from cocoa_dist.data.records import Record
+from cocoa_dist.data.vocabulary import bridge_tokens, learnt_tokens
 from cocoa_dist.export import (
     CardInfo,
     ImageSettings,
@@ -128,6 +129,7 @@ def export_arm(
     if not checked:
         log.warning("sentence-transformers is not installed: %s is not checked", destination)
     config = run.config
+    embedder.model.write_compression_tokens()
     staging = destination.with_name(f".{destination.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
     export_folder(
@@ -141,6 +143,7 @@ def export_arm(
         card=card_info(run, scores=scores),
         self_test=self_test_vectors(embedder, sets),
         max_text_tokens=config.data.max_text_tokens,
+        bridge=bridge_tokens(config.model),
         verify=False,  # below, where it also gives the number to report
     )
     difference = None
@@ -161,7 +164,8 @@ def export_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config))
     known = tokenizer.get_vocab()
-    added = [token for token in (config.mask_token, *config.new_tokens) if token not in known]
+    wanted = (config.mask_token, *config.new_tokens, *learnt_tokens(config))
+    added = [token for token in wanted if token not in known]
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.eos_token = config.bridge_token
     found, trained = tokenizer.eos_token_id, load_vocabulary(config).eos

@@ -96,6 +96,7 @@ def fill_in(
     assert isinstance(objective, ReconstructionConfig)
     heads = build_objective(stage, geometry=embedder.geometry).heads
     model = EmbeddingModel(embedder.model.backbone, heads)
+    model.compression_tokens = embedder.model.compression_tokens
     load_weights(model, weights)
     model.eval()
     settings = view_settings(config.data, geometry=embedder.geometry, stage=stage.data)
@@ -118,6 +119,7 @@ def fill_in(
             vocabulary=embedder.vocabulary,
             noise=[draft.draw for draft in drafts],
             normalise_patches=objective.normalise_patches,
+            replace_pixels=objective.mask_replacement == "gaussian",
         )
         with torch.inference_mode():
             output = model(pack)
@@ -290,9 +292,12 @@ def _pieces(
 ) -> tuple[str, list[Piece]]:
     """Return the given text and the text with holes; the latter is the TARGET if there is one."""
     plain = sample.sample
+    targets = [segment for segment in plain.segments if segment.role is Role.TARGET]
+    has_target = bool(targets)
     hidden_rows = np.flatnonzero(sample.input_ids != plain.input_ids).tolist()
+    if has_target:  # what is hidden of its context is not asked for
+        hidden_rows = [r for r in hidden_rows if any(s.start <= r < s.stop for s in targets)]
     guesses = dict(zip(hidden_rows, guessed, strict=True))
-    has_target = any(segment.role is Role.TARGET for segment in plain.segments)
     context: list[int] = []
     pieces: list[Piece] = []
     for segment in plain.segments:
