@@ -16,6 +16,7 @@ from cocoa_dist.config.loading import (
     resolve_path,
 )
 from cocoa_dist.config.metadataset import NAME_KEY, part_name, read_metadataset
+from cocoa_dist.config.model import ModelConfig, RandomModelConfig
 from cocoa_dist.config.schema import (
     FROM_MODEL,
     AdapterConfig,
@@ -28,11 +29,9 @@ from cocoa_dist.config.schema import (
     ImageConfig,
     MetadatasetConfig,
     MetricsConfig,
-    ModelConfig,
     NextTokenConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    RandomModelConfig,
     ReconstructionConfig,
     RunConfig,
     SourceConfig,

@@ -6,89 +6,15 @@ What a field may be is checked here, once; unknown fields are errors.
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from cocoa_dist.config.fields import NotNegative, Positive, Ratio, StageName, Strict
+from cocoa_dist.config.model import ModelConfig
 
 FROM_MODEL = "model"  # `init_from` of a stage that starts from the base model
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # also names a folder
-
-
-class RandomModelConfig(_Strict):
-    """A model with random weights, for the quickstart's backbone and for tests."""
-
-    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] = "qwen2_vl"
-    hidden_size: Positive = 128
-    num_layers: Positive = 2
-    num_heads: Positive = 4
-    num_key_value_heads: Positive = 2
-    intermediate_size: Positive = 352
-    vision_width: Positive = 96
-    vision_layers: Positive = 2
-    vision_heads: Positive = 4
-    patch_size: Positive = 8
-
-
-class ModelConfig(_Strict):
-    """The backbone: a Hugging Face folder, or random weights of a given shape."""
-
-    path: str | None = None  # a Hugging Face folder, or `asset:NAME`
-    random: RandomModelConfig | None = None
-    tokenizer: str | None = None  # folder; default: the same as `path`
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attention_backend: Literal[
-        "auto", "dense", "split", "varlen", "flash_attn", "flash_attn_4", "flex"
-    ] = "auto"
-    bridge_token: str = "<|im_end|>"  # EOS: the embedding is read from it
-    mask_token: str = "<|mask|>"  # added to the tokenizer where it has none
-    new_tokens: tuple[str, ...] = ()  # added likewise; new rows are trained in adapter stages too
-    compression_tokens: NotNegative = 0  # learnt tokens that are the bridge in place of EOS (CoMa)
-    num_bridge_tokens: Positive = 1  # EOS, and learnt tokens behind it
-    checkpoint_activations: bool = False
-    compile_layers: bool = False  # torch.compile of decoder layers and vision blocks
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "ModelConfig":
-        if (self.path is None) == (self.random is None):
-            raise ValueError("give exactly one of `path` and `random`")
-        if self.random is not None and self.tokenizer is None:
-            raise ValueError("`random` weights need a `tokenizer`")
-        return self
-
-    @property
-    def num_learnt_tokens(self) -> int:
-        """Tokens whose embeddings are a parameter of their own, the same in all stages."""
-        return self.compression_tokens or self.num_bridge_tokens - 1
-
-    @model_validator(mode="after")
-    def _one_bridge(self) -> "ModelConfig":
-        if self.compression_tokens and self.num_bridge_tokens > 1:
-            raise ValueError(
-                f"compression_tokens is {self.compression_tokens} and num_bridge_tokens "
-                f"{self.num_bridge_tokens}: the bridge is either learnt tokens alone, or EOS with "
-                "learnt ones behind it; leave one of the two out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _new_tokens_differ(self) -> "ModelConfig":
-        twice = sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1})
-        if twice or "" in self.new_tokens:
-            raise ValueError(
-                f"new_tokens has {', '.join(twice) + ' twice' if twice else 'an empty token'}; "
-                "expected tokens that differ from each other"
-            )
-        return self
-
-
-class ImageConfig(_Strict):
+class ImageConfig(Strict):
     """How pictures become patches. Pixels are counted after resizing (Qwen2-VL's rule)."""
 
     min_pixels: Positive = 32 * 32
@@ -99,7 +25,7 @@ class ImageConfig(_Strict):
     cache_bytes: NotNegative = 256 * 2**20  # decoded pictures kept by each process
 
 
-class ShuffleConfig(_Strict):
+class ShuffleConfig(Strict):
     """The order of large data sets: blocks at random, records among a window's blocks.
 
     A data set of at most one window is shuffled as a whole. Numbers of nodes that divide `lanes`
@@ -119,7 +45,7 @@ class ShuffleConfig(_Strict):
         return self
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """What all stages share about data."""
 
     tokens_per_pack: Positive = 8192
@@ -136,7 +62,7 @@ class DataConfig(_Strict):
     log_sample_ids: bool = False
 
 
-class AttentionConfig(_Strict):
+class AttentionConfig(Strict):
     """The attention rule of a stage; see segments.py."""
 
     rule: Literal["bidirectional", "causal", "eos_bridged", "compression"] = "bidirectional"
@@ -162,7 +88,7 @@ class AttentionConfig(_Strict):
         }
 
 
-class ReconstructionConfig(_Strict):
+class ReconstructionConfig(Strict):
     """Masked text cross-entropy and masked patch error."""
 
     kind: Literal["reconstruction"] = "reconstruction"
@@ -189,20 +115,20 @@ class ReconstructionConfig(_Strict):
         return self
 
 
-class NextTokenConfig(_Strict):
+class NextTokenConfig(Strict):
     """Next-token cross-entropy over the supervised tokens."""
 
     kind: Literal["next_token"] = "next_token"
 
 
-class GradCacheConfig(_Strict):
+class GradCacheConfig(Strict):
     """GradCache (arXiv 2101.06983): memory of one chunk, for one more forward pass."""
 
     mode: Literal["auto", "always", "never"] = "auto"  # auto: where a rank has several chunks
     packs: Positive = 1  # of a chunk
 
 
-class ContrastiveConfig(_Strict):
+class ContrastiveConfig(Strict):
     """InfoNCE over the candidates of all ranks."""
 
     kind: Literal["contrastive"] = "contrastive"
@@ -217,7 +143,7 @@ ObjectiveConfig = Annotated[
 ]
 
 
-class SourceConfig(_Strict):
+class SourceConfig(Strict):
     """One data set of a blend."""
 
     path: str  # folder of Arrow shards, or `asset:NAME`
@@ -248,17 +174,17 @@ class BlendPartConfig(SourceConfig):
         return self.weight if self.repetitions is None else self.repetitions * num_records
 
 
-class MetadatasetConfig(_Strict):
+class MetadatasetConfig(Strict):
     """A blend of energon's, and what it said when the recipe was loaded."""
 
     path: str  # a YAML file; a recipe gives it alone
     parts: Annotated[dict[str, BlendPartConfig], Field(min_length=1)]
 
 
-class StageDataConfig(_Strict):
+class StageDataConfig(Strict):
     """Which records a stage sees and how a record becomes a sample."""
 
-    sources: dict[str, SourceConfig] = {}
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
     metadataset: MetadatasetConfig | None = None  # instead of sources: a blend as energon has it
     view: Literal["caption", "bridged", "language", "pair", "interleaved", "dialogue", "questions"]
     keywords: Literal["sample", "all", "none"] = "sample"
@@ -289,7 +215,7 @@ class StageDataConfig(_Strict):
         return self
 
 
-class OptimizerConfig(_Strict):
+class OptimizerConfig(Strict):
     """AdamW (arXiv 1711.05101) and its learning rate over the stage."""
 
     learning_rate: Annotated[float, Field(gt=0.0)]
@@ -301,7 +227,7 @@ class OptimizerConfig(_Strict):
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
 
 
-class AdapterConfig(_Strict):
+class AdapterConfig(Strict):
     """A low-rank adapter, trained instead of the weights and merged at the stage's end."""
 
     kind: Literal["lora", "dora"] = "lora"
@@ -311,7 +237,7 @@ class AdapterConfig(_Strict):
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class StageConfig(_Strict):
+class StageConfig(Strict):
     """One stage: a rule, an objective, data, and how long."""
 
     init_from: str = FROM_MODEL  # `model` or an earlier stage
@@ -383,7 +309,7 @@ class StageConfig(_Strict):
             )
 
 
-class EngineConfig(_Strict):
+class EngineConfig(Strict):
     """What runs the step. The file in ds_configs/ holds mechanics only."""
 
     kind: Literal["deepspeed", "fsdp2"] = "deepspeed"  # ZeRO-3, or torch's fully_shard
@@ -393,7 +319,7 @@ class EngineConfig(_Strict):
     reduction: Literal["coalesce", "boundary"] = "boundary"  # of a step's gradients, see engine.py
 
 
-class GuardsConfig(_Strict):
+class GuardsConfig(Strict):
     """What is looked at while a stage runs; none of it changes a number."""
 
     preflight: bool = True  # before the first step: collective, largest pack, disk
@@ -404,7 +330,7 @@ class GuardsConfig(_Strict):
     watchdog: bool = True  # end a rank that makes no step within engine.timeout_seconds
 
 
-class CheckpointConfig(_Strict):
+class CheckpointConfig(Strict):
     """When checkpoints are written and how many stay."""
 
     every_steps: Positive = 100
@@ -412,14 +338,14 @@ class CheckpointConfig(_Strict):
     max_failed_saves: NotNegative = 3  # in a row; one more ends the run
 
 
-class WandbConfig(_Strict):
+class WandbConfig(Strict):
     """A run of Weights & Biases; offline until somebody syncs its folder."""
 
     project: Annotated[str, Field(min_length=1)]
     mode: Literal["offline", "online"] = "offline"
 
 
-class MetricsConfig(_Strict):
+class MetricsConfig(Strict):
     """What is printed, and who gets to see it: Prometheus (exporter.py) and others (sinks.py)."""
 
     log_every_steps: Positive = 20  # groups of parameters are measured as often
@@ -433,10 +359,10 @@ class MetricsConfig(_Strict):
     linger_seconds: Annotated[float, Field(ge=0.0)] = 0.0  # of the launcher, after giving up
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Strict):
     """Held-out retrieval: name to data set."""
 
-    sets: dict[str, SourceConfig] = {}
+    sets: dict[str, SourceConfig] = Field(default_factory=dict)
     batch_size: Positive = 128
     every_steps: NotNegative = 0  # while a stage trains, and at its end; 0: not while it trains
 
@@ -450,28 +376,28 @@ class EvaluationConfig(_Strict):
         return self
 
 
-class ExportConfig(_Strict):
+class ExportConfig(Strict):
     """What the exported folder says about itself."""
 
-    prompts: dict[str, str] = {}
+    prompts: dict[str, str] = Field(default_factory=dict)
     licence: str = ""
 
 
-class ProfileConfig(_Strict):
+class ProfileConfig(Strict):
     """Steps of every stage that are traced, on all ranks."""
 
     first: Positive
     count: Annotated[int, Field(gt=0, le=100)] = 3
 
 
-class RuntimeConfig(_Strict):
+class RuntimeConfig(Strict):
     """Process settings."""
 
     threads: Positive = 1  # torch threads of a rank
     profile_steps: ProfileConfig | None = None  # into profile/ of the run folder
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """A run: stages in order, and what they share."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

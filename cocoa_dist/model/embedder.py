@@ -17,7 +17,7 @@ from cocoa_dist.batch import PackedBatch
 from cocoa_dist.model.adapter import NewTokenRows
 from cocoa_dist.model.backbone import vision_inputs
 from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, pool
-from cocoa_dist.model.learnt import HiddenPatch, LearntTokens, bridge_similarity
+from cocoa_dist.model.learnt import HiddenPatch, LearntTokens
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ModelOutput(TransformersOutput):  # type: ignore[misc]
     logits_SV: Tensor | None = None  # at batch.label_rows
     patches_RC: Tensor | None = None  # at batch.patch_rows
     embeddings_ED: Tensor | None = None  # float32, unit length
-    bridge_similarity: Tensor | None = None  # (), summed over samples; of bridges of several tokens
+    bridges_BKD: Tensor | None = None  # hidden states, without gradient; of bridges of K > 1 tokens
 
 
 class EmbeddingModel(nn.Module):
@@ -111,7 +111,7 @@ class EmbeddingModel(nn.Module):
             logits_SV=self._logits(hidden_TD, batch) if self.heads.text_logits else None,
             patches_RC=self._patches(hidden_TD, batch) if self.heads.patch_values else None,
             embeddings_ED=self._pooled(hidden_TD, batch) if self.heads.embeddings else None,
-            bridge_similarity=bridge_similarity(hidden_TD, batch.bridge_rows)
+            bridges_BKD=hidden_TD.detach()[batch.bridge_rows]
             if batch.bridge_rows.shape[1] > 1
             else None,
         )

@@ -5,7 +5,6 @@ Each is a small parameter whose module runs in every forward on every rank, what
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROWS_LOOKED_AT = 8192
@@ -61,16 +60,3 @@ class HiddenPatch(nn.Module):
 def _spread(weight_VD: Tensor) -> float:
     """Return the standard deviation of an embedding's values, of its first rows."""
     return float(weight_VD.detach()[:_ROWS_LOOKED_AT].float().std())
-
-
-@torch.no_grad()
-def bridge_similarity(hidden_TD: Tensor, bridge_rows_BK: Tensor) -> Tensor:
-    """Sum over B samples of the mean cosine between two different tokens of a bridge; float32.
-
-    1 where all K tokens say the same. K is at least 2.
-    """
-    count = bridge_rows_BK.shape[1]
-    unit_BKD = F.normalize(hidden_TD[bridge_rows_BK].float(), dim=-1)
-    squares_B = unit_BKD.sum(dim=1).square().sum(dim=-1)
-    similar: Tensor = ((squares_B - count) / (count * (count - 1))).sum()
-    return similar

@@ -54,8 +54,9 @@ BRIDGE_MEASURES = ("alike", "bridges")
 
 def measure_bridge(measures: Measures, output: ModelOutput, pack: PackedBatch) -> None:
     """Add how alike the tokens of a bridge are, where it is several (CoMa, arXiv 2511.08480)."""
-    if output.bridge_similarity is not None:
-        measures.add(alike=output.bridge_similarity, bridges=len(pack.bridge_rows))
+    if output.bridges_BKD is not None:
+        alike_B = mean_pairwise_cosine(output.bridges_BKD)
+        measures.add(alike=alike_B.sum(), bridges=len(pack.bridge_rows))
 
 
 class Objective(Protocol):

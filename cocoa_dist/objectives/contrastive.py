@@ -104,7 +104,7 @@ class Contrastive:
         """
         health = {}
         if measured["bridges"]:
-            health["bridge_similarity"] = measured["alike"] / measured["bridges"]
+            health["token_similarity"] = measured["alike"] / measured["bridges"]
         if measured["pairs"]:
             health["alignment"] = measured["distances"] / measured["pairs"]
         if measured["squares"]:

@@ -77,7 +77,7 @@ class Reconstruction:
             "token_accuracy": ("right", "asked"),
             "asked_token_ratio": ("asked", "texts"),
             "hidden_patch_ratio": ("hidden", "visual"),
-            "bridge_similarity": BRIDGE_MEASURES,
+            "token_similarity": BRIDGE_MEASURES,
         }
         return {
             name: measured[part] / measured[whole]
