@@ -20,6 +20,7 @@ _ROWS_AND_VALUES = (
     ("patch_rows", "patch_targets"),
     ("pool_rows", "pool_index"),
 )
+_OF_EMBEDDINGS = ("pair_ids", "sides", "identities", "contents", "scores", "pair_weights")
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ class PackedBatch:
     pool_index: Tensor  # (L,) int64: which embedding each belongs to, ascending from 0
     bridge_rows: Tensor  # (B, K) int64: bridges of K > 1 tokens, of real samples that have one
     pair_ids: Tensor  # (E,) int64: position of an embedding's pair in the global batch
-    sides: Tensor  # (E,) int64: 0 query, 1 target
+    sides: Tensor  # (E,) int64: 0 query, 1 target, 2 on its hard negatives
     identities: Tensor  # (E,) int64: equal for targets that are the same thing
-    pair_weights: Tensor  # (E,) float32: 1, or 0 for a pair whose record could not be used
+    contents: Tensor  # (E,) int64: equal for equal texts and pictures; where there are negatives
+    scores: Tensor  # (E,) float32: a teacher's, of this against the pair's query; NaN: none
+    pair_weights: Tensor  # (E,) float32: 1, or 0 for what could not be used or is not there
     num_filler_images: int
     num_samples: int
     num_image_tokens: int  # M plus the filler's
@@ -107,7 +110,7 @@ class PackedBatch:
             left, right = len(getattr(self, rows)), len(getattr(self, values))
             if left != right:
                 raise ValueError(f"{left} {rows}, but {right} {values}")
-        counts = {len(self.pair_ids), len(self.sides), len(self.identities), len(self.pair_weights)}
+        counts = {len(getattr(self, name)) for name in _OF_EMBEDDINGS}
         if len(counts) != 1:
             raise ValueError(f"fields of embeddings differ in length: {sorted(counts)}")
 

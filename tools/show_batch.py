@@ -222,8 +222,10 @@ class _RowMaker:
         self._view = config.stages[stage].data.view
         self._seed, self._stage = config.seed, stage
         self._readers, self._vocabulary = readers, vocabulary
-        self._settings = view_settings(
-            config.data, geometry=geometry, stage=config.stages[stage].data, training=True
+        self._data = config.stages[stage].data
+        self._settings = replace(
+            view_settings(config.data, geometry=geometry, stage=self._data, training=True),
+            scored=config.stages[stage].reads_scores,
         )
 
     def rows(self, slots: Sequence["Slot"], datasets: Sequence[str]) -> tuple[Row, ...]:
@@ -242,12 +244,13 @@ class _RowMaker:
 
         stream = f"{self._stage}/{dataset}"
         draw = draw_for(self._seed, stream, slot.passes, slot.record)
+        settings = replace(self._settings, instruction=self._data.instruction_of(dataset))
         try:
             record = self._readers[dataset].record(slot.record)
         except ValueError:
-            return fillers(self._view, self._vocabulary)
+            return fillers(self._view, self._vocabulary, settings)
         return view_samples(
-            self._view, record, draw=draw, vocabulary=self._vocabulary, settings=self._settings
+            self._view, record, draw=draw, vocabulary=self._vocabulary, settings=settings
         ).samples
 
 

@@ -17,22 +17,24 @@ from cocoa_dist.config.loading import (
 )
 from cocoa_dist.config.metadataset import NAME_KEY, part_name, read_metadataset
 from cocoa_dist.config.model import ModelConfig, RandomModelConfig
+from cocoa_dist.config.objectives import (
+    ContrastiveConfig,
+    GradCacheConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+    ReconstructionConfig,
+)
 from cocoa_dist.config.schema import (
     FROM_MODEL,
     AdapterConfig,
     BlendPartConfig,
-    ContrastiveConfig,
     DataConfig,
     EngineConfig,
-    GradCacheConfig,
     GuardsConfig,
     ImageConfig,
     MetadatasetConfig,
     MetricsConfig,
-    NextTokenConfig,
-    ObjectiveConfig,
     OptimizerConfig,
-    ReconstructionConfig,
     RunConfig,
     SourceConfig,
     StageConfig,

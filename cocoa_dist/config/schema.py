@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cocoa_dist.config.fields import NotNegative, Positive, Ratio, StageName, Strict
 from cocoa_dist.config.model import ModelConfig
+from cocoa_dist.config.objectives import ContrastiveConfig, ObjectiveConfig
 
 FROM_MODEL = "model"  # `init_from` of a stage that starts from the base model
 
@@ -88,61 +89,6 @@ class AttentionConfig(Strict):
         }
 
 
-class ReconstructionConfig(Strict):
-    """Masked text cross-entropy and masked patch error."""
-
-    kind: Literal["reconstruction"] = "reconstruction"
-    text_mask_ratio: Ratio = 0.2
-    image_mask_ratio: Ratio = 0.0
-    image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
-    label_shift: bool = True  # predict a masked token from the hidden state before it
-    normalise_patches: bool = False  # per-patch normalised targets
-    context_mask_ratio: Ratio = 0.0  # of CONTEXT beside a TARGET; hidden, and never asked for
-    mask_replacement: Literal["gaussian", "learned"] = "gaussian"  # of hidden visual tokens
-    mask_sampling: Literal["bernoulli", "exact"] = "bernoulli"  # exact: a share's count
-    text_mask_span: Positive = 1  # neighbouring tokens that are hidden together
-    image_mask_block: Positive = 1  # side of the squares of visual tokens hidden together
-
-    @model_validator(mode="after")
-    def _something_is_replaced(self) -> "ReconstructionConfig":
-        if self.mask_replacement == "learned" and not (
-            self.image_mask_ratio or self.context_mask_ratio
-        ):
-            raise ValueError(
-                "mask_replacement learned is of hidden visual tokens, and image_mask_ratio and "
-                "context_mask_ratio are 0: raise one, or leave it gaussian"
-            )
-        return self
-
-
-class NextTokenConfig(Strict):
-    """Next-token cross-entropy over the supervised tokens."""
-
-    kind: Literal["next_token"] = "next_token"
-
-
-class GradCacheConfig(Strict):
-    """GradCache (arXiv 2101.06983): memory of one chunk, for one more forward pass."""
-
-    mode: Literal["auto", "always", "never"] = "auto"  # auto: where a rank has several chunks
-    packs: Positive = 1  # of a chunk
-
-
-class ContrastiveConfig(Strict):
-    """InfoNCE over the candidates of all ranks."""
-
-    kind: Literal["contrastive"] = "contrastive"
-    temperature: Annotated[float, Field(gt=0.0)] = 0.05
-    symmetric: bool = False  # also target to query
-    mask_false_negatives: bool = True
-    grad_cache: GradCacheConfig = GradCacheConfig()
-
-
-ObjectiveConfig = Annotated[
-    ReconstructionConfig | NextTokenConfig | ContrastiveConfig, Field(discriminator="kind")
-]
-
-
 class SourceConfig(Strict):
     """One data set of a blend."""
 
@@ -189,10 +135,13 @@ class StageDataConfig(Strict):
     view: Literal["caption", "bridged", "language", "pair", "interleaved", "dialogue", "questions"]
     keywords: Literal["sample", "all", "none"] = "sample"
     image_share: Ratio = 1.0  # samples with a picture (`language`, `bridged`, `interleaved`)
-    instruction: str = ""  # in front of the query of a pair
     separate_views: bool = False  # `bridged`: one text in the context, another one as the target
     max_turns: Positive = 10  # of a dialogue that are used
     task_block: Positive | None = None  # records of one data set in a row; default: a whole step
+    # In front of the query of a pair: one text, or one for each source.
+    instruction: str | dict[str, str] = ""
+    negatives: NotNegative = 0  # hard negatives of a record that join the candidates of all queries
+    negatives_choice: Literal["first", "draw"] = "first"  # where a record has more
 
     @property
     def blend(self) -> Mapping[str, SourceConfig]:
@@ -213,6 +162,26 @@ class StageDataConfig(Strict):
                 "`sources=null` takes those of a recipe away"
             )
         return self
+
+    @model_validator(mode="after")
+    def _every_source_has_its_instruction(self) -> "StageDataConfig":
+        if isinstance(self.instruction, dict) and self.instruction.keys() != self.blend.keys():
+            unknown = sorted(self.instruction.keys() - self.blend.keys())
+            missing = sorted(self.blend.keys() - self.instruction.keys())
+            raise ValueError(
+                f"instruction names {unknown or 'no source'} that is not in sources, and lacks "
+                f"{missing or 'none'}: give one text for all, or one for each of "
+                f"{', '.join(self.blend)} (empty for none)"
+            )
+        if self.negatives and self.view != "pair":
+            raise ValueError(f"negatives belong to data.view pair, found {self.view}")
+        return self
+
+    def instruction_of(self, source: str) -> str:
+        """Return what stands in front of the queries of a source."""
+        if isinstance(self.instruction, str):
+            return self.instruction
+        return self.instruction[source]
 
 
 class OptimizerConfig(Strict):
@@ -251,6 +220,12 @@ class StageConfig(Strict):
     pooling: Literal["last", "mean", "compression"] = "last"  # compression: mean over the bridge
     freeze_vision: bool = False
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the objective follows a teacher's scores in the records."""
+        config = self.objective
+        return isinstance(config, ContrastiveConfig) and config.distillation_weight > 0
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "StageConfig":
         if self.optimizer.warmup_steps > self.steps:
@@ -273,6 +248,10 @@ class StageConfig(Strict):
             raise ValueError(
                 f"objective {self.objective.kind} needs data.view {' or '.join(views)}, "
                 f"found {self.data.view}"
+            )
+        if self.reads_scores and not self.data.negatives:
+            raise ValueError(
+                "distillation_weight needs negatives to score beside the target: set data.negatives"
             )
         self._check_target()
         rule = self.attention

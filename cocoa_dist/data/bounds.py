@@ -62,18 +62,21 @@ def index_bounds(
     instruction: int = 0,
     ends: int = 2,
     uncounted: int = 0,
+    negatives: int = 0,
+    negative_ends: int = 1,
 ) -> tuple[Ints, Ints]:
     """Return upper bounds of (tokens, patches) of every record, from the index alone.
 
-    Each bound is what `packing.length_bound` gives without the record. `joint_every` and
-    `instruction` (tokens) are of pairs, whose texts are joined. `ends`: tokens beside pictures and
-    texts. `uncounted`: tokens of text that the index does not know of.
+    Each bound is what `packing.length_bound` gives without the record. `joint_every`, `instruction`
+    (tokens) and `negatives` are of pairs, whose texts are joined. `ends`: tokens beside pictures
+    and texts, without those of negatives. `uncounted`: tokens that the index does not know of.
     """
     tokens, patches = _picture_sums(columns, picture_cost)
     counted, limit = columns.num_text_tokens, np.int32(max_text_tokens)
     if view == "pair":
         most = np.where(counted >= 0, counted + counted // joint_every, limit)
         text = np.minimum(most + np.int32(instruction), limit) + np.minimum(most, limit)
+        text = text + negatives * (np.minimum(most, limit) + negative_ends)
     else:
         longest = 2 * limit if view in TWO_TEXTS else limit
         text = np.where(counted >= 0, np.minimum(counted + np.int32(uncounted), longest), longest)

@@ -5,7 +5,7 @@ keeps its place. The order of the records is the plan's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +69,17 @@ class StepEncoder:
         self.stage_name = stage_name
         self.vocabulary = vocabulary
         self.geometry = geometry
-        self.settings: ViewSettings = view_settings(
-            config.data, geometry=geometry, stage=self.stage.data, training=True
+        self.settings: ViewSettings = replace(
+            view_settings(config.data, geometry=geometry, stage=self.stage.data, training=True),
+            scored=self.stage.reads_scores,
         )
         attention = self.stage.attention
         self._rule = attention_rule(attention.rule, **attention.options())
         self._config = config
+
+    def settings_of(self, source: RecordSource) -> ViewSettings:
+        """Return the settings for the records of one source."""
+        return replace(self.settings, instruction=self.stage.data.instruction_of(source.name))
 
     def encode(
         self, plan: StepPlan, sources: dict[str, RecordSource], *, step: int, rank: int, world: int
@@ -118,8 +123,8 @@ class StepEncoder:
         if source.num_records <= EXACT_BOUND_RECORDS:
             return self._tight_bounds(source)
         reader = source.reader
-        pictures = self.settings.pictures
-        instruction = instruction_tokens(self.vocabulary, self.settings)
+        pictures, negatives = self.settings.pictures, self.settings.negatives
+        instruction = instruction_tokens(self.vocabulary, self.settings_of(source))
         view = self.stage.data.view
         ends = end_tokens(view, self.vocabulary)
         uncounted = uncounted_tokens(view, self.vocabulary, self.settings)
@@ -134,6 +139,8 @@ class StepEncoder:
                 instruction=instruction,
                 ends=ends,
                 uncounted=uncounted,
+                negatives=negatives,
+                negative_ends=len(self.vocabulary.bridge_ids),
             )
 
         image = self._config.data.image
@@ -141,6 +148,7 @@ class StepEncoder:
             *(reader.fingerprint, view, self.settings.max_text_tokens),
             *(self._counted(source), image.min_pixels, image.max_pixels, pictures.factor),
             *(instruction, ends, uncounted, BOUNDS_VERSION),
+            *([negatives] if negatives else []),
         ]
         return mapped_bounds(folder, count=source.num_records, key=repr(described), part=part)
 
@@ -151,6 +159,7 @@ class StepEncoder:
     def _tight_bounds(self, source: RecordSource) -> Bounds:
         """Return bounds that know each record's texts and where its pictures are; none is read."""
         count, counted = source.num_records, self._counted(source)
+        settings = self.settings_of(source)
         columns = source.reader.index_columns(0, count, counted=counted)
         texts, first = columns.num_text_tokens.tolist(), columns.first_picture.tolist()
         sizes = list(zip(columns.heights.tolist(), columns.widths.tolist(), strict=True))
@@ -162,7 +171,7 @@ class StepEncoder:
                 image_sizes=sizes[first[number] : first[number + 1]],
                 record=source.outline(number),
                 vocabulary=self.vocabulary,
-                settings=self.settings,
+                settings=settings,
             )
         return Bounds.of(bounds[:, 0], bounds[:, 1])
 
@@ -197,10 +206,7 @@ class StepEncoder:
                 draft.draws.append(draw)
             if self.stage.data.view == "pair":
                 identity = f"{source.name}/{slot.record}" if record is None else record.identity
-                number = identity_number(identity)
-                weight = 1.0 if made.reason is None else 0.0
-                draft.embeddings.append(EmbeddingInfo(slot.position, 0, number, weight))
-                draft.embeddings.append(EmbeddingInfo(slot.position, 1, number, weight))
+                draft.embeddings += _embeddings(made, slot.position, identity)
         return draft
 
     def _samples(
@@ -209,15 +215,15 @@ class StepEncoder:
         """Return what a record became; the record is None if it could not be read."""
         view = self.stage.data.view
         if number in source.left_out:
-            return ViewResult(fillers(view, self.vocabulary), reason=LEFT_OUT), None
+            return ViewResult(fillers(view, self.vocabulary, self.settings), reason=LEFT_OUT), None
+        settings = self.settings_of(source)
         try:
             record = source.record(number)
         except (ValueError, OSError) as error:
-            return ViewResult(fillers(view, self.vocabulary), reason=str(error)), None
-        made = view_samples(
-            view, record, draw=draw, vocabulary=self.vocabulary, settings=self.settings
-        )
-        return made, record
+            made = fillers(view, self.vocabulary, settings)
+            return ViewResult(made, reason=str(error)), None
+        found = view_samples(view, record, draw=draw, vocabulary=self.vocabulary, settings=settings)
+        return found, record
 
     def _build(self, draft: PackDraft) -> PackedBatch:
         objective = self.stage.objective
@@ -233,3 +239,25 @@ class StepEncoder:
             replace_pixels=objective.kind != "reconstruction"
             or objective.mask_replacement == "gaussian",
         )
+
+
+def _embeddings(made: ViewResult, position: int, identity: str) -> list[EmbeddingInfo]:
+    """Say what the sides of a pair are; a negative that is not there weighs nothing."""
+    weight = 1.0 if made.reason is None else 0.0
+    number = identity_number(identity)
+    found = [EmbeddingInfo(position, side, number, weight) for side in (0, 1)]
+    for side, sample in enumerate(made.samples):
+        label = sample.label
+        if label is not None:
+            known = EmbeddingInfo(
+                position,
+                side,
+                identity=identity_number(label.identity),
+                weight=weight,
+                content=identity_number(label.content),
+                score=label.score,
+            )
+            found[side:] = [known, *found[side + 1 :]]
+        elif side > 1:
+            found.append(EmbeddingInfo(position, side, number, weight=0.0))
+    return found

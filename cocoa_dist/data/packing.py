@@ -5,6 +5,7 @@ here, so that a target is always the clean picture.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,9 +45,11 @@ class EmbeddingInfo:
     """Which embedding a sample of the pack is."""
 
     pair_id: int  # position of its pair in the global batch
-    side: Literal[0, 1]  # 0 query, 1 target
+    side: int  # 0 query, 1 target, 2 on the pair's hard negatives
     identity: int  # int64, see identity_number; equal for targets that are the same thing
-    weight: float = 1.0  # 0 for a record that could not be used
+    weight: float = 1.0  # 0 for a record that could not be used, and a negative that is not there
+    content: int = 0  # int64; equal for equal texts and pictures
+    score: float = math.nan  # a teacher's, of this against the pair's query
 
 
 def identity_number(identity: str) -> int:
@@ -111,6 +114,8 @@ def build_pack(
         pair_ids=torch.tensor([e.pair_id for e in embeddings], dtype=torch.int64),
         sides=torch.tensor([e.side for e in embeddings], dtype=torch.int64),
         identities=torch.tensor([e.identity for e in embeddings], dtype=torch.int64),
+        contents=torch.tensor([e.content for e in embeddings], dtype=torch.int64),
+        scores=torch.tensor([e.score for e in embeddings], dtype=torch.float32),
         pair_weights=torch.tensor([e.weight for e in embeddings], dtype=torch.float32),
         num_filler_images=vision.num_fillers,
         num_samples=num_real,
@@ -212,11 +217,33 @@ def length_bound(
     if record is None:
         most = num_text_tokens + num_text_tokens // JOINT_EVERY if known else limit
         both = min(most + instruction, limit) + min(most, limit)
-        return query[0] + both + ends, query[1]
-    texts = [" ".join(side_texts(side)) for side in record.positives or (record.target,)]
-    longest = max(min(len(vocabulary.encode(text_start(one, limit))), limit) for one in texts)
+        more = settings.negatives * (min(most, limit) + len(vocabulary.bridge_ids))
+        return query[0] + both + ends + more, query[1]
+    texts = record.positives or (record.target,)
+    longest = max(_text_length(side, vocabulary, limit) for side in texts)
     tokens = query[0] + target[0] + min(text + instruction, limit) + longest + ends
-    return tokens, query[1] + target[1]
+    costly = [
+        (pictures(side), _text_length(side, vocabulary, limit))
+        for side in _possible_negatives(record, settings)
+    ]
+    lengths = sorted((cost[0] + words for cost, words in costly), reverse=True)
+    tokens += sum(lengths[: settings.negatives])
+    tokens += settings.negatives * len(vocabulary.bridge_ids)
+    patches = sum(sorted((cost[1] for cost, _ in costly), reverse=True)[: settings.negatives])
+    return tokens, query[1] + target[1] + patches
+
+
+def _possible_negatives(record: Record, settings: ViewSettings) -> Sequence[Side]:
+    """Return the negatives of a record that a stage can use."""
+    if settings.negatives_choice == "first" or not settings.negatives:
+        return record.negatives[: settings.negatives]
+    return record.negatives
+
+
+def _text_length(side: Side, vocabulary: Vocabulary, limit: int) -> int:
+    """Return how many tokens the texts of a side have, joined and cut."""
+    text = text_start(" ".join(side_texts(side)), limit)
+    return min(len(vocabulary.encode(text)), limit)
 
 
 def end_tokens(view: str, vocabulary: Vocabulary) -> int:

@@ -83,6 +83,11 @@ def content_hash(record: Record) -> str:
     A record without positives is known by its target, else by its query.
     """
     side = next((s for s in (*record.positives[:1], record.target) if s), record.query)
+    return side_hash(record, side)
+
+
+def side_hash(record: Record, side: Side) -> str:
+    """Return the sha1, in hex, of the texts and picture bytes of one side of a record."""
     digest = hashlib.sha1(usedforsecurity=False)
     for part in side:
         data = part.text.encode() if part.kind == "text" else record.images[part.image]

@@ -7,18 +7,20 @@ record that cannot be used becomes a filler with a reason; it never raises into 
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_dist.config import DataConfig, ImageConfig, StageDataConfig
+from cocoa_dist.config import ImageConfig
 from cocoa_dist.data.dialogues import Turn, encode_turns, made_up_turns, recorded_turns
-from cocoa_dist.data.geometry import ImageGeometry
+from cocoa_dist.data.geometry import ImageGeometry as ImageGeometry
 from cocoa_dist.data.images import Pixels
-from cocoa_dist.data.picture_cache import PictureCache
+from cocoa_dist.data.negatives import Label, chosen_negatives, target_label
+from cocoa_dist.data.picture_cache import PictureCache as PictureCache
 from cocoa_dist.data.records import Record, Side, side_texts
+from cocoa_dist.data.view_settings import ViewSettings as ViewSettings
+from cocoa_dist.data.view_settings import view_settings as view_settings
 from cocoa_dist.data.vocabulary import Vocabulary as Vocabulary
 from cocoa_dist.data.vocabulary import load_tokenizer as load_tokenizer
 from cocoa_dist.data.vocabulary import text_start as text_start
@@ -33,41 +35,6 @@ _WITH_NAME_SHARE = 0.75  # of the captions that have keywords
 
 
 @dataclass(frozen=True)
-class ViewSettings:
-    """What all views of a stage share."""
-
-    image: ImageConfig
-    geometry: ImageGeometry
-    max_text_tokens: int
-    pictures: PictureCache = field(repr=False, compare=False)
-    keywords: Literal["sample", "all", "none"] = "all"
-    image_share: float = 1.0
-    instruction: str = ""
-    separate_views: bool = False
-    max_turns: int = 10
-    augment: bool = False  # shift and darken pictures; training only
-
-
-def view_settings(
-    data: DataConfig,
-    *,
-    geometry: ImageGeometry,
-    stage: StageDataConfig | None = None,
-    training: bool = False,
-) -> ViewSettings:
-    """Return a stage's settings; without `stage`, what evaluation and export need."""
-    of_stage = {"keywords", "image_share", "instruction", "separate_views", "max_turns"}
-    return ViewSettings(
-        image=data.image,
-        geometry=geometry,
-        max_text_tokens=data.max_text_tokens,
-        pictures=PictureCache(config=data.image, geometry=geometry),
-        augment=training,
-        **({} if stage is None else stage.model_dump(include=of_stage)),
-    )
-
-
-@dataclass(frozen=True)
 class Sample:
     """One sequence of n tokens, before corruption, in its own coordinates."""
 
@@ -76,7 +43,8 @@ class Sample:
     images: tuple[Pixels, ...]  # at the model's size, in the order of their tokens
     text_positions: Bools  # (n,): may be masked or supervised; never special or visual tokens
     truncated: int = 0  # texts that were cut
-    is_filler: bool = False  # stands for a record that could not be used
+    is_filler: bool = False  # stands for a record that could not be used, or what it lacks
+    label: Label | None = None  # of the sides of a pair that has hard negatives
 
 
 @dataclass(frozen=True)
@@ -113,13 +81,13 @@ def view_samples(
     try:
         made = VIEWS[view](record, draw=draw, vocabulary=vocabulary, settings=settings)
     except ValueError as error:
-        return ViewResult(fillers(view, vocabulary), reason=str(error))
+        return ViewResult(fillers(view, vocabulary, settings), reason=str(error))
     return ViewResult(made)
 
 
-def fillers(view: str, vocabulary: Vocabulary) -> tuple[Sample, ...]:
+def fillers(view: str, vocabulary: Vocabulary, settings: ViewSettings) -> tuple[Sample, ...]:
     """Return the fillers that keep the place of a record of this view."""
-    return (filler_sample(vocabulary),) * (2 if view == "pair" else 1)
+    return (filler_sample(vocabulary),) * (2 + settings.negatives if view == "pair" else 1)
 
 
 def filler_sample(vocabulary: Vocabulary) -> Sample:
@@ -284,11 +252,15 @@ def _language_view(
 def _pair_view(
     record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
 ) -> tuple[Sample, ...]:
-    """Query and one positive, each ending on EOS, from which its embedding is read."""
+    """Query, one positive and its hard negatives; each ends on EOS, whose embedding is read.
+
+    Negatives that the record lacks are fillers.
+    """
     sides = record.positives or tuple(side for side in (record.target,) if side)
     if not sides:
         raise ValueError("the record has no positive, expected at least one for a pair")
-    target = sides[int(draw.integers(len(sides)))]
+    number = int(draw.integers(len(sides)))
+    target = sides[number]
     query_text, keywords = _name_and_keywords(record)
     if keywords and not _side_images(record.query):
         query_text = _caption(record, draw=draw, settings=settings)
@@ -299,7 +271,31 @@ def _pair_view(
     ):
         images = _load_side(record, side, draw=draw, settings=settings)
         made.append(_embedding(images, text, instruction, vocabulary=vocabulary, settings=settings))
+    if settings.negatives:
+        label = target_label(record, number, scored=settings.scored)
+        made[1] = replace(made[1], label=label)
+        made += _negatives(record, draw=draw, vocabulary=vocabulary, settings=settings)
     return tuple(made)
+
+
+def _negatives(
+    record: Record, *, draw: np.random.Generator, vocabulary: Vocabulary, settings: ViewSettings
+) -> list[Sample]:
+    """Return as many samples as a pair has hard negatives, written like targets."""
+    chosen = chosen_negatives(
+        record,
+        count=settings.negatives,
+        choice=settings.negatives_choice,
+        draw=draw,
+        scored=settings.scored,
+    )
+    made = []
+    for negative in chosen:
+        images = _load_side(record, negative.side, draw=draw, settings=settings)
+        text = " ".join(side_texts(negative.side))
+        sample = _embedding(images, text, "", vocabulary=vocabulary, settings=settings)
+        made.append(replace(sample, label=negative.label))
+    return made + [filler_sample(vocabulary)] * (settings.negatives - len(made))
 
 
 def _interleaved_view(

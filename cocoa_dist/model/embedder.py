@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput as TransformersOutput
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.model.adapter import NewTokenRows
 from cocoa_dist.model.backbone import vision_inputs
-from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, pool
+from cocoa_dist.model.heads import HeadsConfig, PatchDecoder, SimilarityScale, pool
 from cocoa_dist.model.learnt import HiddenPatch, LearntTokens
 
 
@@ -31,6 +31,7 @@ class ModelOutput(TransformersOutput):  # type: ignore[misc]
     patches_RC: Tensor | None = None  # at batch.patch_rows
     embeddings_ED: Tensor | None = None  # float32, unit length
     bridges_BKD: Tensor | None = None  # hidden states, without gradient; of bridges of K > 1 tokens
+    similarity: Tensor | None = None  # (2,) float32: scale and bias, where they are trained
 
 
 class EmbeddingModel(nn.Module):
@@ -46,6 +47,9 @@ class EmbeddingModel(nn.Module):
             self.patch_decoder = PatchDecoder(
                 self.core.language_model, patch_values=heads.patch_values
             )
+        if heads.similarity is not None:
+            dtype = self.core.language_model.embed_tokens.weight.dtype
+            self.similarity = SimilarityScale(heads.similarity, dtype=dtype)
 
         if heads.learnt_mask:
             self.hidden_patch = HiddenPatch(self.core.language_model.embed_tokens)
@@ -114,6 +118,7 @@ class EmbeddingModel(nn.Module):
             bridges_BKD=hidden_TD.detach()[batch.bridge_rows]
             if batch.bridge_rows.shape[1] > 1
             else None,
+            similarity=self.similarity() if self.heads.similarity is not None else None,
         )
 
     def _embed(self, batch: PackedBatch, visual_MD: Tensor) -> Tensor:

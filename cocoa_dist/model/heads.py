@@ -1,9 +1,11 @@
 """What sits on the backbone: the patch decoder, pooling, and which heads a stage asks for."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +20,16 @@ class HeadsConfig:
     patch_values: int = 0  # values a masked visual token is rebuilt to, C'; 0: no decoder
     embeddings: bool = False
     learnt_mask: bool = False  # hidden visual tokens become a learnt vector, behind the tower
+    similarity: "SimilarityStart | None" = None  # how similarities are scaled, if that is trained
+
+
+@dataclass(frozen=True)
+class SimilarityStart:
+    """Where a trained scale of similarities begins, and how far it may grow."""
+
+    scale: float  # 1 / temperature
+    max_scale: float
+    bias: float | None = None  # None: the loss has none
 
 
 class PatchDecoder(nn.Module):
@@ -51,6 +63,29 @@ class PatchDecoder(nn.Module):
         )
         predicted: Tensor = self.to_pixels(self.norm(decoded[0].index_select(0, rows)))
         return predicted
+
+
+class SimilarityScale(nn.Module):
+    """The log of the scale of similarities, and for a sigmoid loss their bias: one element each.
+
+    The log is held below its limit before every update, by the optimizer, and in use, here; a
+    gradient passes as if it were not, so it can come back (CLIP, arXiv 2103.00020, section 2.5).
+    """
+
+    def __init__(self, start: SimilarityStart, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.max_log_scale = math.log(start.max_scale)
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(start.scale), dtype=dtype))
+        self.bias: nn.Parameter | None = None
+        if start.bias is not None:
+            self.bias = nn.Parameter(torch.full((1,), start.bias, dtype=dtype))
+
+    def forward(self) -> Tensor:
+        """Return scale and bias, (2,) float32."""
+        log_scale = self.log_scale.float()
+        beyond = (log_scale - self.max_log_scale).clamp(min=0.0).detach()
+        bias = torch.zeros_like(log_scale) if self.bias is None else self.bias.float()
+        return torch.cat([(log_scale - beyond).exp(), bias])
 
 
 def pool(hidden_TD: Tensor, *, rows: Tensor, index: Tensor, count: int) -> Tensor:

@@ -1,102 +1,189 @@
-"""InfoNCE (arXiv 1807.03748, eq. 4) over the candidates of all ranks, gathered with gradient.
+"""Queries against the candidates of all ranks: InfoNCE or sigmoid, by one or several dimensions.
 
-Candidates that are the same thing as a query's own target (equal identity: text and picture) are
-no negatives and leave the denominator. Records that could not be used count neither as queries
-nor as candidates.
+Candidates are the targets and hard negatives of the whole step, gathered with gradient; see
+candidates.py for what is left out for whom. Records that could not be used count neither as
+queries nor as candidates.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cocoa_dist.batch import PackedBatch
-from cocoa_dist.distributed import all_gather_with_grad, gather_rows, rank
+from cocoa_dist.config import ContrastiveConfig
 from cocoa_dist.model.embedder import ModelOutput
-from cocoa_dist.model.heads import HeadsConfig
+from cocoa_dist.model.heads import HeadsConfig, SimilarityStart
 from cocoa_dist.objectives.base import BRIDGE_MEASURES, Measures, measure_bridge
+from cocoa_dist.objectives.candidates import (
+    QUERY,
+    TARGET,
+    Candidates,
+    Gathered,
+    Pairs,
+    first,
+    gather,
+    pairs_of,
+)
+from cocoa_dist.objectives.similarity import distillation_sum, info_nce_sum, sigmoid_sum
 
-QUERY, TARGET = 0, 1
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A rank's pairs of one step, in the order of the plan."""
-
-    query_BD: Tensor
-    target_BD: Tensor
-    identity_B: Tensor  # int64
-    weight_B: Tensor  # float32, 1 or 0
+TERM, DISTILLATION = "contrastive", "distillation"
+_ALWAYS = ("distances", "pairs", "closeness", "couples", "squares", "left_out")
+_SHARES = {
+    "false_negative_ratio": ("left_out", "couples"),
+    "missing_negative_ratio": ("missing", "wanted"),
+    "hidden_negative_ratio": ("hard_left_out", "hard_couples"),
+    "temperature": ("temperatures", "steps"),
+    "similarity_bias": ("biases", "steps"),
+}
 
 
 class Contrastive:
-    """Cross-entropy of each query's own target among all candidates, in nats per query."""
+    """Each query's own target among all candidates, in nats per query."""
 
-    heads = HeadsConfig(embeddings=True)
-    weights: Mapping[str, float] = {"contrastive": 1.0}
     step_wide = True
 
-    def __init__(
-        self, *, temperature: float, symmetric: bool = False, mask_false_negatives: bool = True
-    ) -> None:
-        """`symmetric` adds the same term from target to query."""
+    def __init__(self, config: ContrastiveConfig, *, negatives: int = 0) -> None:
+        """`negatives`: hard negatives of each pair, K."""
+        self.config, self.negatives = config, negatives
+        self.directions = 2 if config.symmetric else 1
+        start = None
+        if config.learnable_temperature:
+            bias = config.bias if config.loss == "sigmoid" else None
+            start = SimilarityStart(1.0 / config.temperature, config.max_scale, bias)
+        self.heads = HeadsConfig(embeddings=True, similarity=start)
+        parts = config.matryoshka_weights or (1.0,) * len(config.matryoshka)
+        self._dimensions = {f"{TERM}_{size}": size for size in config.matryoshka}
+        self.weights: Mapping[str, float] = {TERM: 1.0}
+        if self._dimensions:
+            shares = zip(self._dimensions, parts, strict=True)
+            self.weights = {name: part / sum(parts) for name, part in shares}
+        if config.distillation_weight:
+            self.weights = {**self.weights, DISTILLATION: config.distillation_weight}
         self.measures = Measures(
-            *("distances", "pairs", "closeness", "couples", "squares", "left_out"),
+            *_ALWAYS,
             *BRIDGE_MEASURES,
+            *(("missing", "wanted", "hard_couples", "hard_left_out") if negatives else ()),
+            *(("temperatures", "biases", "steps") if start else ()),
         )
-        self.temperature = temperature
-        self.directions = 2 if symmetric else 1
-        self.mask_false_negatives = mask_false_negatives
 
     def counts(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
-        """Usable queries, once for each direction."""
+        """Usable queries, once for each direction; for the teacher's term those it has scored."""
         usable = sum(float(pack.pair_weights[pack.sides == QUERY].sum()) for pack in packs)
-        return {"contrastive": self.directions * usable}
+        counts = dict.fromkeys(self.weights, self.directions * usable)
+        if DISTILLATION in counts:
+            targets = [(pack, pack.sides == TARGET) for pack in packs]
+            scored = [p.pair_weights[at] * ~p.scores[at].isnan() for p, at in targets]
+            counts[DISTILLATION] = sum(float(part.sum()) for part in scored)
+        return counts
 
     def sums(
         self, outputs: Sequence[ModelOutput], packs: Sequence[PackedBatch]
     ) -> dict[str, Tensor]:
         """Sum over this rank's queries. Collective: call on all ranks, with equal B."""
-        pairs = _pairs(outputs, packs)
-        count = len(pairs.query_BD)
-        both = all_gather_with_grad(torch.stack([pairs.query_BD, pairs.target_BD], dim=1))
-        identity_N, weight_N = gather_rows(pairs.identity_B), gather_rows(pairs.weight_B)
-        own_B = torch.arange(count, device=identity_N.device) + rank() * count
-        hidden_BN = self._hidden(pairs.identity_B, identity_N, weight_N, own_B)
-        total = self._direction(pairs.query_BD, both[:, 1], hidden_BN, own_B, pairs.weight_B)
-        if self.directions == 2:
-            total = total + self._direction(
-                pairs.target_BD, both[:, 0], hidden_BN, own_B, pairs.weight_B
-            )
-        self._measure(pairs, both[:, 1], weight_N, own_B, hidden_BN)
+        config = self.config
+        pairs = pairs_of(
+            outputs, packs, negatives=self.negatives, scored=DISTILLATION in self.weights
+        )
+        gathered = gather(
+            pairs,
+            mask_false_negatives=config.mask_false_negatives,
+            margin=config.false_negative_margin,
+        )
+        temperature, bias = self._scale(outputs)
+        sums = {}
+        for name in self.weights:
+            size = self._dimensions.get(name)
+            if name != DISTILLATION:
+                sums[name] = self._term(pairs, gathered, size, temperature=temperature, bias=bias)
+        if DISTILLATION in self.weights:
+            sums[DISTILLATION] = self._distilled(pairs, temperature=temperature)
+        self._measure(pairs, gathered)
         for output, pack in zip(outputs, packs, strict=True):
             measure_bridge(self.measures, output, pack)
-        return {"contrastive": total}
+        return sums
+
+    def _scale(self, outputs: Sequence[ModelOutput]) -> tuple[Tensor | float, Tensor | float]:
+        """Return temperature and bias; a trained one is in every output, so that each is used."""
+        trained = [output.similarity for output in outputs if output.similarity is not None]
+        if not trained:
+            return self.config.temperature, self.config.bias
+        scale, bias = torch.stack(trained).mean(dim=0)
+        self.measures.add(temperatures=1.0 / scale, biases=bias, steps=1.0)
+        return 1.0 / scale, bias
+
+    def _term(
+        self,
+        pairs: Pairs,
+        gathered: Gathered,
+        size: int | None,
+        *,
+        temperature: Tensor | float,
+        bias: Tensor | float,
+    ) -> Tensor:
+        """Sum over both directions, if there are two, by the first `size` dimensions."""
+
+        def one_way(from_BD: Tensor, candidates: Candidates) -> Tensor:
+            if size is not None:
+                from_BD, candidates = first(from_BD, size), candidates.cut(size)
+            if self.config.loss == "sigmoid":
+                return sigmoid_sum(
+                    from_BD,
+                    candidates,
+                    temperature=temperature,
+                    bias=bias,
+                    weight_B=pairs.weight_B,
+                )
+            return info_nce_sum(
+                from_BD, candidates, temperature=temperature, weight_B=pairs.weight_B
+            )
+
+        total = one_way(pairs.query_BD, gathered.to_targets)
+        if self.directions == 2:
+            total = total + one_way(pairs.target_BD, gathered.to_queries)
+        return total
+
+    def _distilled(self, pairs: Pairs, *, temperature: Tensor | float) -> Tensor:
+        """Compare the model's view of a query's own target and negatives with the teacher's."""
+        sides_BSD = torch.cat([pairs.target_BD[:, None], pairs.negative_BKD], dim=1)
+        return distillation_sum(
+            (pairs.query_BD[:, None] * sides_BSD).sum(dim=-1),
+            pairs.score_BS,
+            temperature=temperature,
+            teacher_temperature=self.config.teacher_temperature,
+            weight_B=pairs.weight_B,
+        )
 
     @torch.no_grad()
-    def _measure(
-        self, pairs: Pairs, target_ND: Tensor, weight_N: Tensor, own_B: Tensor, hidden_BN: Tensor
-    ) -> None:
-        """Add up how the unit vectors of usable pairs lie to each other."""
-        target_BD, weight_B = pairs.target_BD.detach(), pairs.weight_B
-        cosine_BN = target_BD @ target_ND.detach().T
+    def _measure(self, pairs: Pairs, gathered: Gathered) -> None:
+        """Add up how the unit vectors of usable pairs lie to each other, and what is left out."""
+        weight_N, own_B = gathered.weight_N, gathered.to_targets.own_B
+        target_BD, weight_B, count = pairs.target_BD.detach(), pairs.weight_B, len(weight_N)
+        cosine_BN = target_BD @ gathered.to_targets.rows_CD[:count].detach().T
         weight_BN = weight_B[:, None] * weight_N[None, :]
         other_BN = weight_BN.scatter(1, own_B[:, None], 0.0)
         distance_B = (pairs.query_BD.detach() - target_BD).square().sum(dim=1)
+        hidden_BC = gathered.to_targets.hidden_BC
         self.measures.add(
             distances=(distance_B * weight_B).sum(),
             pairs=weight_B.sum(),
             closeness=((4.0 * cosine_BN - 4.0).exp() * other_BN).sum(),
             couples=other_BN.sum(),
             squares=(cosine_BN.square() * weight_BN).sum(),
-            left_out=(hidden_BN * other_BN).sum(),
+            left_out=(hidden_BC[:, :count] * other_BN).sum(),
         )
+        if self.negatives:
+            hard_BH = weight_B[:, None] * gathered.hard_weight_H[None, :]
+            self.measures.add(
+                missing=((1.0 - pairs.weight_BK) * weight_B[:, None]).sum(),
+                wanted=self.negatives * weight_B.sum(),
+                hard_couples=hard_BH.sum(),
+                hard_left_out=(hidden_BC[:, count:] * hard_BH).sum(),
+            )
 
     def health(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """Give alignment, uniformity, effective rank of the targets, share of false negatives.
+        """Give alignment, uniformity, effective rank of the targets, and shares of candidates.
 
         Alignment and uniformity: arXiv 2005.10242, alpha = 2 and t = 2; over unit vectors.
         Effective rank: (tr C)^2 / tr C^2 of the targets' second moments C, 1 when all are alike and
@@ -109,50 +196,9 @@ class Contrastive:
             health["alignment"] = measured["distances"] / measured["pairs"]
         if measured["squares"]:
             health["effective_rank"] = measured["pairs"] ** 2 / measured["squares"]
-        if measured["couples"]:
-            health["false_negative_ratio"] = measured["left_out"] / measured["couples"]
-            if measured["closeness"] > 0:
-                health["uniformity"] = math.log(measured["closeness"] / measured["couples"])
+        if measured["couples"] and measured["closeness"] > 0:
+            health["uniformity"] = math.log(measured["closeness"] / measured["couples"])
+        for name, (part, whole) in _SHARES.items():
+            if measured.get(whole):
+                health[name] = measured[part] / measured[whole]
         return health
-
-    def _hidden(
-        self, identity_B: Tensor, identity_N: Tensor, weight_N: Tensor, own_B: Tensor
-    ) -> Tensor:
-        """Mark candidates that are no negatives of a query; never its own target."""
-        hidden_BN = (weight_N == 0)[None, :].expand(len(identity_B), -1).clone()
-        if self.mask_false_negatives:
-            hidden_BN |= identity_B[:, None] == identity_N[None, :]
-        hidden_BN[torch.arange(len(own_B), device=own_B.device), own_B] = False
-        return hidden_BN
-
-    def _direction(
-        self, from_BD: Tensor, to_ND: Tensor, hidden_BN: Tensor, own_B: Tensor, weight_B: Tensor
-    ) -> Tensor:
-        logits_BN = (from_BD @ to_ND.T / self.temperature).masked_fill(hidden_BN, -torch.inf)
-        loss_B = F.cross_entropy(logits_BN, own_B, reduction="none")
-        return (loss_B * weight_B).sum()
-
-
-def _pairs(outputs: Sequence[ModelOutput], packs: Sequence[PackedBatch]) -> Pairs:
-    """Bring the embeddings of all packs into pair order; queries and targets apart."""
-    embeddings = torch.cat([_embeddings(output) for output in outputs])
-    sides = torch.cat([pack.sides for pack in packs])
-    pair_ids = torch.cat([pack.pair_ids for pack in packs])
-    weights = torch.cat([pack.pair_weights for pack in packs])
-    identities = torch.cat([pack.identities for pack in packs])
-    rows = {}
-    for side in (QUERY, TARGET):
-        of_side = (sides == side).nonzero()[:, 0]
-        rows[side] = of_side[pair_ids[of_side].argsort(stable=True)]
-    assert torch.equal(pair_ids[rows[QUERY]], pair_ids[rows[TARGET]]), "a pair lost a side"
-    return Pairs(
-        query_BD=embeddings[rows[QUERY]],
-        target_BD=embeddings[rows[TARGET]],
-        identity_B=identities[rows[TARGET]],
-        weight_B=weights[rows[TARGET]],
-    )
-
-
-def _embeddings(output: ModelOutput) -> Tensor:
-    assert output.embeddings_ED is not None
-    return output.embeddings_ED

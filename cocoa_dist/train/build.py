@@ -47,6 +47,7 @@ _SAYS_NOTHING = ("_name_or_path", "architectures", "transformers_version")  # of
 _FRESH_PARTS = (
     "patch_decoder.",
     "hidden_patch.",
+    "similarity.",
 )  # a stage may begin or leave these; everything else must match
 
 _TOKENS = "compression_tokens."
@@ -87,6 +88,7 @@ def build_parts(
     )
     geometry = image_geometry(backbone)
     objective = build_objective(stage, geometry=geometry)
+    _check_dimensions(stage, width=backbone.config.get_text_config().hidden_size)
     with without_weights(wanted=not weights):
         model = EmbeddingModel(backbone, objective.heads)
         if vocabulary.learnt:
@@ -173,11 +175,7 @@ def build_objective(stage: StageConfig, *, geometry: ImageGeometry) -> Objective
     """Turn a stage's objective config into the objective."""
     config = stage.objective
     if isinstance(config, ContrastiveConfig):
-        return Contrastive(
-            temperature=config.temperature,
-            symmetric=config.symmetric,
-            mask_false_negatives=config.mask_false_negatives,
-        )
+        return Contrastive(config, negatives=stage.data.negatives)
     if not isinstance(config, ReconstructionConfig):
         return Reconstruction()
     pixels = 3 * (geometry.merge * geometry.patch_size) ** 2  # of one visual token, one frame
@@ -186,6 +184,16 @@ def build_objective(stage: StageConfig, *, geometry: ImageGeometry) -> Objective
         patch_values=pixels if config.image_mask_ratio > 0 else 0,
         learnt_mask=config.mask_replacement == "learned",
     )
+
+
+def _check_dimensions(stage: StageConfig, *, width: int) -> None:
+    """Raise ValueError for Matryoshka dimensions that the embedding does not have."""
+    config = stage.objective
+    if isinstance(config, ContrastiveConfig) and max(config.matryoshka, default=0) > width:
+        raise ValueError(
+            f"objective.matryoshka is {list(config.matryoshka)}, but the embeddings of this model "
+            f"have {width} dimensions: expected none above that"
+        )
 
 
 def load_weights(model: EmbeddingModel, path: Path) -> None:

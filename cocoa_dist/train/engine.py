@@ -28,7 +28,7 @@ from cocoa_dist.distributed import (
     world_size,
 )
 from cocoa_dist.model.embedder import EmbeddingModel, ModelOutput
-from cocoa_dist.model.heads import HeadsConfig
+from cocoa_dist.model.heads import HeadsConfig, SimilarityScale
 from cocoa_dist.objectives.base import Objective, weighted_total
 from cocoa_dist.runtime import random_state, restore_random_state
 from cocoa_dist.train import shards, zero_state
@@ -36,6 +36,8 @@ from cocoa_dist.train.ds_config import build_ds_config
 from cocoa_dist.train.grad_cache import cached_backward
 from cocoa_dist.train.health import LastUpdate, group_health, local_sums
 from cocoa_dist.train.residency import decide_residency
+
+_MOST = "most"  # of a parameter group: no value above it
 
 
 @dataclass(frozen=True)
@@ -388,18 +390,35 @@ def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) ->
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW without decay on vectors (biases, norms)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    """AdamW without decay on vectors (biases, norms); a trained scale of similarities by itself."""
+    scales = [
+        (m.log_scale, m.max_log_scale) for m in model.modules() if isinstance(m, SimilarityScale)
+    ]
+    alone = {id(scale) for scale, _ in scales}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in alone]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        *({"params": [p], "weight_decay": 0.0, _MOST: most} for p, most in scales),
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
     )
+    if scales:
+        optimizer.register_step_pre_hook(_hold_below)
+    return optimizer
+
+
+@torch.no_grad()
+def _hold_below(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Put values that the last update has carried over their limit back on it."""
+    for group in optimizer.param_groups:
+        if _MOST in group:
+            for parameter in group["params"]:
+                parameter.clamp_(max=group[_MOST])
 
 
 def _is_about_us(record: logging.LogRecord) -> bool:

@@ -60,53 +60,71 @@ def cached_backward(
     """
     chunks = [packs[i : i + packs_per_chunk] for i in range(0, len(packs), packs_per_chunk)]
     states: list[GeneratorState] = []
-    embeddings: list[list[Tensor]] = []
+    outputs: list[list[ModelOutput]] = []
     for chunk in chunks:
         states.append(GeneratorState.now())
         with torch.set_grad_enabled(len(states) == len(chunks)):
-            embeddings.append([embeddings_of(forward(pack)) for pack in chunk])
+            outputs.append([what_is_read(forward(pack)) for pack in chunk])
     end = GeneratorState.now()
-    sums, cached = _loss_gradient(embeddings, packs, objective=objective, factors=factors)
-    last_chunk = embeddings.pop()
+    sums, cached = _loss_gradient(outputs, packs, objective=objective, factors=factors)
+    last_chunk = outputs.pop()
     backward(_product(last_chunk, cached.pop()), last=len(chunks) == 1)
     del last_chunk  # and with it its activations
     for index, (chunk, gradients) in enumerate(zip(chunks[:-1], cached, strict=True)):
         states[index].restore()
-        again = [embeddings_of(forward(pack)) for pack in chunk]
+        again = [what_is_read(forward(pack)) for pack in chunk]
         backward(_product(again, gradients), last=index == len(chunks) - 2)
         del again
     end.restore()
     return sums
 
 
-def embeddings_of(output: ModelOutput) -> Tensor:
-    """Return the embeddings (E, D) of a pack; GradCache is for objectives that read them alone."""
+def what_is_read(output: ModelOutput) -> ModelOutput:
+    """Return the embeddings of a pack, and the scale where it is trained; nothing else is kept.
+
+    GradCache is for objectives that read these alone.
+    """
     assert output.embeddings_ED is not None, "a step-wide objective reads embeddings"
-    return output.embeddings_ED
+    return ModelOutput(embeddings_ED=output.embeddings_ED, similarity=output.similarity)
 
 
-def _product(embeddings: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return a scalar whose gradient is `gradients`, chained through the embeddings."""
-    products = [(e_ED * g_ED).sum() for e_ED, g_ED in zip(embeddings, gradients, strict=True)]
-    return sum(products[1:], start=products[0])
+def _product(outputs: Sequence[ModelOutput], gradients: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return a scalar whose gradient is `gradients`, chained through the outputs."""
+    products = [
+        (output[name] * gradient).sum()
+        for output, of_pack in zip(outputs, gradients, strict=True)
+        for name, gradient in of_pack.items()
+    ]
+    total: Tensor = sum(products[1:], start=products[0])
+    return total
 
 
 def _loss_gradient(
-    embeddings: Sequence[Sequence[Tensor]],
+    chunks: Sequence[Sequence[ModelOutput]],
     packs: Sequence[PackedBatch],
     *,
     objective: Objective,
     factors: Mapping[str, float],
-) -> tuple[dict[str, float], list[list[Tensor]]]:
-    """Return each term's sum, and for each chunk the gradient (E, D) of the weighted loss."""
-    leaves = [[e_ED.detach().requires_grad_() for e_ED in chunk] for chunk in embeddings]
-    outputs = [ModelOutput(embeddings_ED=leaf) for chunk in leaves for leaf in chunk]
-    sums = objective.sums(outputs, packs)
+) -> tuple[dict[str, float], list[list[dict[str, Tensor]]]]:
+    """Return each term's sum, and for each pack of a chunk the gradient of the weighted loss.
+
+    The gradient is by name of what the objective reads, in its shape.
+    """
+    leaves = [[_leaf(output) for output in chunk] for chunk in chunks]
+    sums = objective.sums([leaf for chunk in leaves for leaf in chunk], packs)
     weighted_total(sums, factors).backward()  # type: ignore[no-untyped-call]
-    gradients = [[_gradient_of(leaf) for leaf in chunk] for chunk in leaves]
+    gradients = [
+        [{name: _gradient_of(value) for name, value in leaf.items()} for leaf in chunk]
+        for chunk in leaves
+    ]
     return {name: value.detach().item() for name, value in sums.items()}, gradients
 
 
+def _leaf(output: ModelOutput) -> ModelOutput:
+    """Return an output cut off from what made it, whose gradients are kept."""
+    return ModelOutput(**{name: v.detach().requires_grad_() for name, v in output.items()})
+
+
 def _gradient_of(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None, "the loss reads every embedding"
+    assert leaf.grad is not None, "the loss reads every output"
     return leaf.grad

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cocoa_dist.config import ContrastiveConfig
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.objectives.contrastive import QUERY, TARGET, Contrastive
 
@@ -63,7 +64,9 @@ def slow(vectors, identities, weights, *, symmetric: bool, mask: bool):
 @pytest.mark.parametrize("split", [False, True])
 def test_sum_and_gradient_equal_a_loop_over_candidates(symmetric, mask, split) -> None:
     vectors, packs, outputs, identities, weights = packs_of(6, split=split)
-    objective = Contrastive(temperature=TEMPERATURE, symmetric=symmetric, mask_false_negatives=mask)
+    objective = Contrastive(
+        ContrastiveConfig(temperature=TEMPERATURE, symmetric=symmetric, mask_false_negatives=mask)
+    )
     found = objective.sums(outputs, packs)["contrastive"]
     expected = slow(vectors, identities, weights, symmetric=symmetric, mask=mask)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -82,6 +85,6 @@ def test_same_thing_is_no_negative() -> None:
         identities=torch.tensor([5, 5, 5, 5, 8, 8]),
         pair_weights=torch.ones(6),
     )
-    objective = Contrastive(temperature=1.0)
+    objective = Contrastive(ContrastiveConfig(temperature=1.0))
     found = objective.sums([ModelOutput(embeddings_ED=vectors)], [pack])["contrastive"]
     assert found.item() == pytest.approx(2 * math.log(2) + math.log(3))

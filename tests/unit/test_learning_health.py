@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from cocoa_dist.config import ContrastiveConfig
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.objectives.base import Measures
 from cocoa_dist.objectives.contrastive import Contrastive
@@ -22,7 +23,7 @@ def health_of(query_BD, target_BD, *, identities=None, weights=None, mask=True, 
     count = len(query_BD)
     identities = list(range(count)) if identities is None else identities
     weights = [1.0] * count if weights is None else weights
-    objective = Contrastive(temperature=1.0, mask_false_negatives=mask)
+    objective = Contrastive(ContrastiveConfig(temperature=1.0, mask_false_negatives=mask))
     packs, outputs = [], []
     for part in (range(split), range(split, count)):
         if len(part):
@@ -101,7 +102,7 @@ def test_measuring_leaves_the_gradient_alone() -> None:
     )
     gradients = []
     for measures in (True, False):
-        objective = Contrastive(temperature=0.1)
+        objective = Contrastive(ContrastiveConfig(temperature=0.1))
         if not measures:
             objective._measure = lambda *_: None  # type: ignore[method-assign]
         loss = objective.sums([ModelOutput(embeddings_ED=vectors)], [pack])["contrastive"]
