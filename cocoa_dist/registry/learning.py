@@ -130,6 +130,27 @@ LEARNING: tuple[Metric, ...] = (
         labels={"set": _MOST_SETS},
         record="held_out_tied/",
     ),
+    gauge(
+        "cocoa_train_missing_negative_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of the hard negatives asked for (data.negatives) that records do not have.",
+        record="missing_negative_ratio",
+    ),
+    gauge(
+        "cocoa_train_hidden_negative_ratio",
+        Source.RANK_0,
+        "ratio",
+        "Share of hard negatives that are what a query looks for, or too close, and are left out.",
+        record="hidden_negative_ratio",
+    ),
+    gauge(
+        "cocoa_train_similarity_bias",
+        Source.RANK_0,
+        "nats",
+        "Bias of the sigmoid loss where it is trained.",
+        record="similarity_bias",
+    ),
     counter(
         "cocoa_train_loss_spikes_total",
         Source.RANK_0,
