@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_dist.evaluation.sets import SetInfo
+from cocoa_dist.evaluation.sets import SetInfo, nearest
 
 Vectors = NDArray[np.float32]
 
 BLOCK_VALUES = 1 << 24  # float32 gathered at a time: 64 MB
 COLLAPSED_COSINE = 0.9999  # a mean cosine above it: the vectors are one vector and rounding
 TIED_SHARE_WARNING = 0.01
+MANY_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class SetScore:
     query_cosine: float | None  # mean over pairs of queries; near 1: collapsed. None: one vector
     candidate_cosine: float | None
     distinct_candidates: int  # vectors that differ in at least one bit
+    fixed_order: bool  # many rows, all with the same list: the right one cannot be first in all
 
     @property
     def collapsed(self) -> bool:
@@ -98,6 +100,9 @@ def score_set(vectors: SetVectors) -> SetScore:
         query_cosine=mean_cosine(vectors.query_ND),
         candidate_cosine=mean_cosine(vectors.candidates_MD[used]),
         distinct_candidates=len(np.unique(distinct_M[used])),
+        fixed_order=rows >= MANY_ROWS
+        and int(counts_N.min()) > 1
+        and bool((vectors.candidate_index_NC == vectors.candidate_index_NC[:1]).all()),
     )
 
 
@@ -312,20 +317,30 @@ def _warnings(
     total: int,
 ) -> list[str]:
     found = []
+    collapsed = [name for name, score in scores.items() if score.collapsed]
+    if collapsed:
+        worst = scores[collapsed[0]]
+        found.append(
+            f"collapsed, one vector for everything: {', '.join(collapsed)} (in {collapsed[0]} the "
+            f"mean cosine of queries is {_cosine(worst.query_cosine)}, of candidates "
+            f"{_cosine(worst.candidate_cosine)})"
+        )
     for name, score in scores.items():
-        if score.collapsed:
-            found.append(
-                f"{name}: collapsed: mean cosine of queries {_cosine(score.query_cosine)}, of "
-                f"candidates {_cosine(score.candidate_cosine)}"
-            )
-        if score.tied_rows > TIED_SHARE_WARNING * score.rows:
+        if score.tied_rows > TIED_SHARE_WARNING * score.rows and not score.collapsed:
             found.append(
                 f"{name}: {score.tied_rows} of {score.rows} rows tie with the right candidate; an "
                 f"arg-max that takes the first would say {score.argmax_precision_at_1:.2f}"
             )
+        if score.fixed_order:
+            found.append(
+                f"{name}: all {score.rows} rows list the same candidates in the same order: is the "
+                "right one really the first of each?"
+            )
         info = sets.get(name)
         if info is None:
-            found.append(f"{name}: not in the table of sets: in the overall mean, in no group")
+            found.append(
+                f"{name}: not in the table of sets{nearest(name, sets)}: in the overall mean alone"
+            )
         elif info.candidates is not None and score.candidates != (info.candidates,) * 2:
             low, high = score.candidates
             found.append(

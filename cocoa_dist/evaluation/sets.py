@@ -5,7 +5,7 @@ own has a `sets.yaml` of the same form. Imports nothing heavy.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +67,13 @@ def read_sets(path: Path) -> Mapping[str, SetInfo]:
     if not isinstance(table, dict) or not isinstance(table.get("sets"), dict):
         raise ValueError(f"{path}: expected a mapping with the key 'sets'")
     return MappingProxyType({str(name): _info(path, name, v) for name, v in table["sets"].items()})
+
+
+def expected_sets(
+    found: Iterable[str], table: Mapping[str, SetInfo], *, only: Sequence[str] = ()
+) -> list[str]:
+    """Return the sets whose absence is worth a word: all of a benchmark that is there at all."""
+    return list(table) if not only and set(found) & set(table) else []
 
 
 def nearest(name: str, known: Mapping[str, SetInfo]) -> str:

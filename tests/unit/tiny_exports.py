@@ -1,0 +1,59 @@
+"""Tiny exported models for tests: real folders, loaded by sentence-transformers as any other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cocoa_dist.config import load_recipe
+from cocoa_dist.export import CardInfo, ImageSettings, export_folder
+from cocoa_dist.report.arms import export_tokenizer, self_test_vectors
+from cocoa_dist.train.evaluate import load_embedder
+
+MAX_TEXT_TOKENS = 48
+
+
+def tiny_export(
+    destination: Path, *, change: Callable[[torch.nn.Module], None] | None = None
+) -> Path:
+    """Export the debug recipe's model before training, with random weights; `change` alters it."""
+    config = load_recipe("debug")
+    embedder = load_embedder(config, run_dir=None, after_stage="model")
+    if change is not None:
+        with torch.no_grad():
+            change(embedder.model.backbone)
+    geometry = embedder.geometry
+    image = config.data.image
+    export_folder(
+        model=embedder.model.backbone,
+        tokenizer=export_tokenizer(config.model),
+        destination=destination,
+        image_settings=ImageSettings(
+            patch_size=geometry.patch_size,
+            min_pixels=image.min_pixels,
+            max_pixels=image.max_pixels,
+        ),
+        bidirectional=True,
+        pooling=embedder.stage.pooling,
+        prompts={},
+        card=CardInfo(
+            name="tiny",
+            base="random weights",
+            stages=[],
+            data="none",
+            licence="apache-2.0",
+            compute="none",
+            scores=[],
+        ),
+        self_test=self_test_vectors(embedder, []),
+        max_text_tokens=MAX_TEXT_TOKENS,
+        verify=False,  # the tests' subject does so itself
+    )
+    return destination
+
+
+def collapse(model: torch.nn.Module) -> None:
+    """Cut what lets a token see others: the last hidden state is that of EOS, whatever is asked."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
