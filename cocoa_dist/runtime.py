@@ -22,9 +22,6 @@ from cocoa_dist.manifest import write_atomic
 
 STOP_NAME = "STOP"  # an operator's file in the run folder: end the run for good
 EPOCH_NAME = "epoch"  # names the one incarnation that may commit
-PROFILE_FOLDER = "profile"  # of traces, in the run folder
-PROFILE_REQUEST = f"{PROFILE_FOLDER}/request.json"  # {"steps"}: trace so many from the next one on
-PROFILE_ANSWER = f"{PROFILE_FOLDER}/answer.json"  # of rank 0, when its trace is written
 OUTCOME_NAME = "outcome.json"  # the verdict of the last incarnation
 EPOCH_VARIABLE = "COCOA_EPOCH"
 EXIT_BAD_INPUT = 2

@@ -6,20 +6,23 @@ left: the run goes on without it.
 
 import hashlib
 import importlib
+import json
 import logging
-import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from cocoa_dist.config import RunConfig
 from cocoa_dist.config.loading import flatten
+from cocoa_dist.manifest import write_atomic
+from cocoa_dist.metrics import METRICS_NAME, read_json_lines
 
 log = logging.getLogger("cocoa_dist.sinks")
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"
-_SENT_NAME = "cocoa_sent"  # in wandb's folder: the last step that was sent
+_SENT_NAME = "cocoa_sent.json"  # in wandb's folder: what is safe there
 _NO_NUMBERS = ("stage", "step", "epoch", "time", "batch_digest")
 
 
@@ -51,7 +54,7 @@ class Sinks:
             folder = run_dir / TENSORBOARD_FOLDER / stage
             self._try("tensorboard", lambda: TensorBoard(folder, after=step))
         if settings.wandb is not None:
-            self._try("wandb", lambda: Wandb(config, stage, run_dir=run_dir))
+            self._try("wandb", lambda: Wandb(config, run_dir=run_dir))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Give a step's record to all."""
@@ -111,52 +114,78 @@ class TensorBoard:
 class Wandb:
     """One run of Weights & Biases for all stages and incarnations of a run folder.
 
-    Its history only grows, so a step is sent once: steps that are done again after a resume are
-    left out up to the last one that was sent. Steps count on over the stages; names begin with
-    the stage.
+    Its history only grows, so a step is sent once. What a process that died had sent offline may
+    not have reached the disk: its folder is removed, and its steps are sent again from
+    metrics.jsonl. Steps count on over the stages; names begin with the stage.
     """
 
-    def __init__(self, config: RunConfig, stage: str, *, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, *, run_dir: Path) -> None:
         """Start or go on with the run; its id is made from the path of the folder."""
         wandb: Any = importlib.import_module("wandb")
         settings = config.metrics.wandb
         assert settings is not None
-        names = list(config.stages)
-        before = names[: names.index(stage)]
-        self._offset = sum(config.stages[name].steps for name in before)
-        folder = run_dir / WANDB_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        self._sent_file = os.open(folder / _SENT_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        self._sent = int(os.pread(self._sent_file, 32, 0) or b"0")
+        self._before = _steps_before(config)
+        self._folder = run_dir / WANDB_FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        self._sent = _safely_sent(self._folder, number) if settings.mode == "offline" else 0
         quiet = {"console": "off", "silent": True, "x_disable_stats": True, "disable_git": True}
         self._run: Any = wandb.init(
             project=settings.project,
             mode=settings.mode,
             name=run_dir.name,
-            id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+            id=number,
             resume="allow",
             dir=str(run_dir),
             config=flatten(config),
             settings=wandb.Settings(**quiet, init_timeout=30),
         )
+        if settings.mode == "online" and self._run.resumed:
+            self._sent = int(self._run.step) - 1  # it says which one comes next
+        for record in read_json_lines(run_dir / METRICS_NAME):
+            self.write(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Send every number of a record, unless its step was sent before."""
-        step = self._offset + int(record["step"])
-        if step <= self._sent:
-            return
-        values = {f"{record['stage']}/{name}": v for name, v in numbers(record).items()}
-        self._run.log(values, step=step)
-        self._sent = step
-        os.pwrite(self._sent_file, b"%-31d\n" % step, 0)
+        step = self._before.get(record["stage"], 0) + int(record["step"])
+        if step > self._sent:
+            values = {f"{record['stage']}/{name}": v for name, v in numbers(record).items()}
+            self._run.log(values, step=step)
+            self._sent = step
 
     def flush(self) -> None:
-        """Do nothing: another process has what was sent."""
+        """Do nothing: it cannot be asked for, see above."""
 
     def close(self) -> None:
         """End the run, so that it may go on later."""
         self._run.finish()
-        os.close(self._sent_file)
+        whole = {"step": self._sent, "folders": [path.name for path in _folders(self._folder)]}
+        write_atomic(self._folder / _SENT_NAME, json.dumps(whole).encode())
+
+
+def _steps_before(config: RunConfig) -> dict[str, int]:
+    """Return how many steps all stages before a stage have."""
+    found, total = {}, 0
+    for name, stage in config.stages.items():
+        found[name] = total
+        total += stage.steps
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(folder.glob("offline-run-*"))
+
+
+def _safely_sent(folder: Path, number: str) -> int:
+    """Return the last step of the incarnations that closed; remove what others have left."""
+    whole: dict[str, Any] = {"step": 0, "folders": []}
+    if (folder / _SENT_NAME).exists():
+        whole = json.loads((folder / _SENT_NAME).read_text(encoding="utf-8"))
+    for path in _folders(folder):
+        ours = path.name.endswith(f"-{number}")
+        if ours and path.name not in whole["folders"] and not list(path.glob("*.synced")):
+            shutil.rmtree(path)
+    return int(whole["step"])
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:

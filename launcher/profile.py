@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cocoa_dist.runtime import PROFILE_ANSWER, PROFILE_FOLDER, PROFILE_REQUEST
+from cocoa_dist.tracing import PROFILE_ANSWER, PROFILE_FOLDER, PROFILE_REQUEST
 from launcher.backend import BadInputError
 
 _LOOK_SECONDS = 0.2

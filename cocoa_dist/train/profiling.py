@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cocoa_dist.manifest import write_atomic
-from cocoa_dist.runtime import PROFILE_ANSWER, PROFILE_FOLDER, PROFILE_REQUEST
+from cocoa_dist.tracing import PROFILE_ANSWER, PROFILE_FOLDER, PROFILE_REQUEST
 
 log = logging.getLogger("cocoa_dist.train")
 

@@ -67,12 +67,13 @@ class StepFlops:
     patch: float
     visual_token: float
     label: float
+    hidden: float  # visual token that is rebuilt
     patches_a_token: int
 
     @staticmethod
     def of_model(model: nn.Module, *, text_logits: bool, patches_a_token: int) -> "StepFlops":
         """Count the weights of a model that is whole (before an engine has cut it)."""
-        found = dict.fromkeys(("token", "patch", "visual_token", "label"), 0.0)
+        found = dict.fromkeys(("token", "patch", "visual_token", "label", "hidden"), 0.0)
         trained = {_kind(n): False for n, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
             trained[_kind(name)] |= parameter.requires_grad
@@ -92,6 +93,7 @@ class StepFlops:
             self.token * sum(pack.num_tokens for pack in packs)
             + (self.visual_token + self.patch * self.patches_a_token) * visual
             + self.label * sum(len(pack.labels) for pack in packs)
+            + self.hidden * sum(len(pack.patch_rows) for pack in packs)
         )
 
 
@@ -99,4 +101,6 @@ def _kind(name: str) -> str:
     """Return what a parameter is applied to once."""
     if ".visual." in name:
         return "visual_token" if ".merger" in name else "patch"
+    if name.startswith("patch_decoder.to_pixels."):
+        return "hidden"
     return "label" if "embed_tokens." in name or "lm_head." in name else "token"

@@ -19,7 +19,9 @@ from cocoa_dist.train.evaluate import (
     record_sides,
     retrieval_scores,
     stage_weights,
+    tied_share,
 )
+from cocoa_dist.train.held_out import _batches, _scored
 
 ROUNDING = 2e-6  # float32 sums in another order; embeddings have unit length
 
@@ -198,3 +200,29 @@ def write_checkpoint(run_dir, config, *, complete: bool) -> None:
         files=(),
     )
     write_manifest(folder, manifest)
+
+
+def test_the_tied_share_is_that_of_queries_whose_right_candidate_ties() -> None:
+    scores = np.array([[0.5, 0.5, 0.1], [0.2, 0.9, 0.9], [0.3, 0.3, 0.8]], dtype=np.float32)
+    assert tied_share(scores) == pytest.approx(2 / 3)
+    assert tied_share(np.ones((4, 4), dtype=np.float32)) == 1.0
+    assert tied_share(np.eye(4, dtype=np.float32)) == 0.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 37, 64, 65])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_batches_of_held_out_records_are_small_enough_and_whole(count: int, ranks: int) -> None:
+    found = _batches(count, most=16, ranks=ranks)
+    assert [i for batch in found for i in batch] == list(range(count))
+    assert max(map(len, found)) <= 16
+    assert min(count, ranks) <= len(found) or count < ranks
+
+
+def test_embeddings_that_are_not_finite_give_no_recall_and_end_no_run(caplog) -> None:
+    whole = np.eye(3, dtype=np.float32)
+    broken = whole.copy()
+    broken[1, 1] = np.nan
+    found = _scored("set", whole, broken)
+    assert all(np.isnan(value) for value in found.values())
+    assert "held-out set set: embeddings are not finite" in caplog.text
+    assert _scored("set", whole, whole) == {"held_out_recall/set": 1.0, "held_out_tied/set": 0.0}

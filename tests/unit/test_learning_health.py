@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from cocoa_dist.config import ContrastiveConfig
 from cocoa_dist.model.embedder import ModelOutput
-from cocoa_dist.objectives.base import Measures
+from cocoa_dist.objectives.base import Measures, mean_pairwise_cosine
 from cocoa_dist.objectives.contrastive import Contrastive
 from cocoa_dist.objectives.reconstruction import Reconstruction
 
@@ -153,3 +153,26 @@ def test_taking_measures_forgets_them() -> None:
     measures.add(a=2, b=1.0)
     assert measures.take() == [2.0, 4.5]
     assert measures.take() == [0.0, 0.0]
+
+
+def test_tokens_that_say_the_same_have_cosine_1_and_axes_0() -> None:
+    alike, axes = torch.ones(4, 8) * torch.arange(1, 5)[:, None], torch.eye(8)[:4]
+    found = mean_pairwise_cosine(torch.stack([alike, axes]))
+    assert found.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+def test_similarity_of_tokens_equals_a_loop_over_pairs() -> None:
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randn(3, 5, 7, generator=draw, dtype=torch.bfloat16).requires_grad_()
+    found = mean_pairwise_cosine(tokens)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    for sample, value in zip(tokens.detach().float(), found, strict=True):
+        pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+        cosines = [torch.cosine_similarity(sample[i], sample[j], dim=0) for i, j in pairs]
+        assert float(value) == pytest.approx(float(sum(cosines) / len(pairs)), abs=1e-5)
+
+
+def test_a_lone_token_has_no_similarity() -> None:
+    with pytest.raises(ValueError, match="1 tokens a sample have no pairs, expected at least 2"):
+        mean_pairwise_cosine(torch.ones(2, 1, 4))
