@@ -112,11 +112,16 @@ def _reconstruction(
 def _hidden_text(
     allowed: Bools, ratio: float, objective: ReconstructionConfig, *, draw: np.random.Generator
 ) -> Bools:
-    """Return which of the allowed tokens (n,) are hidden; spans begin at a place that is drawn."""
+    """Return which of the allowed tokens (n,) are hidden.
+
+    Spans go round in a ring that begins anywhere: no token is likelier than others.
+    """
     span, places = objective.text_mask_span, np.arange(len(allowed))
-    if span > 1:
-        places = (places + int(draw.integers(span))) // span
-    return _chosen(allowed, places, ratio, exact=objective.mask_sampling == "exact", draw=draw)
+    count = int(allowed.sum())
+    if span > 1 and count:
+        places[allowed] = (np.arange(count) + int(draw.integers(count))) % count
+    exact = objective.mask_sampling == "exact"
+    return _chosen(allowed, places // span, places, ratio, exact=exact, draw=draw)
 
 
 def _hidden_visual(
@@ -127,34 +132,46 @@ def _hidden_visual(
     draw: np.random.Generator,
     merge: int,
 ) -> Bools:
-    """Return which of a picture's visual tokens (m,) are hidden; `grid` is in patches."""
+    """Return which of a picture's visual tokens (m,) are hidden; `grid` is in patches.
+
+    Squares lie on a torus that begins anywhere: no token is likelier than others.
+    """
     time, high, wide = grid[0], grid[1] // merge, grid[2] // merge
     side, places = objective.image_mask_block, np.arange(time * high * wide)
+    groups = places
     if side > 1:
-        down, across = (draw.integers(side, size=2)).tolist()
+        down, across = int(draw.integers(high)), int(draw.integers(wide))
         frame, row, column = np.indices((time, high, wide))
-        rows, columns = (row + down) // side, (column + across) // side
-        places = (frame * (high + 1) + rows) * (wide + 1) + columns
+        row, column = (row + down) % high, (column + across) % wide
+        places = ((frame * high + row) * wide + column).ravel()
+        groups = ((frame * high + row // side) * wide + column // side).ravel()
     allowed = np.ones(time * high * wide, dtype=np.bool_)
     exact = objective.mask_sampling == "exact"
-    return _chosen(allowed, places.ravel(), ratio, exact=exact, draw=draw)
+    return _chosen(allowed, groups, places, ratio, exact=exact, draw=draw)
 
 
 def _chosen(
-    allowed: Bools, groups: Ints, ratio: float, *, exact: bool, draw: np.random.Generator
+    allowed: Bools,
+    groups: Ints,
+    places: Ints,
+    ratio: float,
+    *,
+    exact: bool,
+    draw: np.random.Generator,
 ) -> Bools:
     """Choose a share of the allowed places (n,), group by group; every place has that probability.
 
     `exact`: n times the ratio of them, a fraction of a place being drawn, so that short texts keep
-    the ratio as well; the last group is cut. Otherwise each group is chosen by itself.
+    the ratio as well; the last group is cut, in the order of `places` (n,). Otherwise each group is
+    chosen by itself.
     """
-    keys = draw.random(int(groups[-1]) + 1)[groups] if len(groups) else np.empty(0)
+    keys = draw.random(int(groups.max()) + 1)[groups]
     if not exact:
         return allowed & (keys < ratio)
-    places = np.flatnonzero(allowed)
-    count = int(len(places) * ratio + draw.random())
+    rows = np.flatnonzero(allowed)
+    count = int(len(rows) * ratio + draw.random())
     chosen = np.zeros(len(allowed), dtype=np.bool_)
-    chosen[places[np.argsort(keys[places], kind="stable")][:count]] = True
+    chosen[rows[np.lexsort((places[rows], keys[rows]))][:count]] = True
     return chosen
 
 
