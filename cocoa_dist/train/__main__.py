@@ -28,6 +28,8 @@ examples:
     python -m cocoa_dist.train cocoa_qwen2_vl_2b --stage contrastive --dump-config
   build every part, one batch, print what it costs, leave:
     python -m cocoa_dist.train quickstart --stage joint_reconstruction --dry-run
+  check on the running model that nothing of a picture passes the bridge:
+    python -m cocoa_dist.train quickstart_coma --stage compression --check-attention
   check that an objective can learn: one batch to near zero:
     python -m cocoa_dist.train debug --stage contrastive --overfit-one-batch
 To train, use the launcher: python -m launcher run RECIPE --run-dir DIR
@@ -68,6 +70,10 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
         from cocoa_dist.train.rehearsal import dry_run
 
         return dry_run(config, stage, run_dir=arguments.run_dir)
+    if arguments.check_attention:
+        from cocoa_dist.train.rehearsal import check_attention
+
+        return check_attention(config, stage, run_dir=arguments.run_dir)
     if arguments.overfit_one_batch:
         from cocoa_dist.train.rehearsal import overfit_one_batch
 
@@ -134,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--check-inputs", action="store_true", help="is all data and the model there")
     look.add_argument("--dry-run", action="store_true", help="build all parts and one batch")
     look.add_argument("--overfit-one-batch", action="store_true", help="drive one batch to zero")
+    look.add_argument(
+        "--check-attention",
+        action="store_true",
+        help="change pictures, hold the bridge: does a target notice",
+    )
     parser.add_argument("--steps", type=int, default=300, help="steps of --overfit-one-batch")
     return parser
 

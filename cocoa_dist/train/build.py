@@ -212,7 +212,9 @@ def load_weights(model: EmbeddingModel, path: Path) -> None:
             if unfit:
                 more = f"; {_MORE_TOKENS}" if unfit[0].startswith(_TOKENS) else ""
                 raise ValueError(f"{path} {fault} {len(unfit)} parameters, first {unfit[0]}{more}")
-        for name in found & wanted.keys():
+        # The tokens first: where their number differs, the rows of the vocabulary differ too.
+        shared = sorted(found & wanted.keys(), key=lambda name: not name.startswith(_TOKENS))
+        for name in shared:
             value = weights.get_tensor(name)
             if value.shape != wanted[name].shape:
                 more = f"; {_MORE_TOKENS}" if name.startswith(_TOKENS) else ""

@@ -15,6 +15,7 @@ from cocoa_dist.config import FROM_MODEL, RunConfig
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train.build import StageParts, build_parts, first_steps
 from cocoa_dist.train.session import build_engine, quiet_known_warnings
+from cocoa_dist.train.visibility import picture_leak
 
 log = logging.getLogger("cocoa_dist.train")
 
@@ -56,6 +57,24 @@ def dry_run(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> int:
         stage.steps * batch.num_tokens / 1e6,
     )
     return 0
+
+
+def check_attention(config: RunConfig, stage_name: str, *, run_dir: Path | None) -> int:
+    """Look whether targets of the first pack see pictures past the bridge; 0 if none does."""
+    first = _first_batch(config, stage_name, run_dir=run_dir)
+    found = picture_leak(first.parts.model.eval(), first.batch.packs[0])
+    if found is None:
+        rule = config.stages[stage_name].attention.rule
+        log.info("rule %s: every row of a sample with a picture may see it", rule)
+        return 0
+    log.info(
+        "other pictures change %d rows of targets by up to %.3g through the bridge, and by %.3g "
+        "where it is held",
+        found.num_rows,
+        found.through_the_bridge,
+        found.past_the_bridge,
+    )
+    return int(found.past_the_bridge != 0.0)
 
 
 def overfit_one_batch(
