@@ -6,7 +6,9 @@
 
 Makes a data set whose index is real and whose shards are empty files of the right size (36 bytes a
 record on disk, in --folder), opens it as a rank does, and plans steps for all ranks. Each part runs
-in a process of its own. Times are CPU seconds. The table goes to benchmarks/plan_cpu.{md,json}.
+in a process of its own. Times are CPU seconds. A second data set, of --first-batch-records, can be
+read (first_batch.py): the wall time until a rank has 32 records of it decoded and packed. The table
+goes to benchmarks/plan_cpu.{md,json}.
 """
 
 import argparse
@@ -27,6 +29,8 @@ OUT = Path(__file__).parents[1] / "benchmarks"
 STAGE = "contrastive"
 RECORDS_PER_BATCH, RECORDS_PER_SHARD = 64, 102_400
 TARGETS = {
+    "first_batch_seconds": 3.0,
+    "first_batch_new_seconds": 3.0,
     "start_seconds": 2.0,
     "step_milliseconds": 60.0,
     "private_megabytes": 400.0,
@@ -45,22 +49,35 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8192, help="records a step, all ranks")
     parser.add_argument("--tokens-per-pack", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=30, help="steps that are planned")
+    parser.add_argument("--first-batch-records", type=int, default=10_000_000)
     parser.add_argument("--folder", type=Path, help="where the index goes (default: temporary)")
     parser.add_argument("--out", type=Path, default=OUT / "plan_cpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--reader", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
     if arguments.worker:
         print(json.dumps(open_and_plan(arguments, Path(arguments.worker))))
         return 0
+    if arguments.reader:
+        from first_batch import until_first_batch
+
+        print(json.dumps(until_first_batch(Path(arguments.reader))))
+        return 0
+    read = first_batches(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         make_data_set(Path(folder) / "data", count=arguments.records)
-        first, again = (in_process(Path(folder)) for _ in range(2))
+        first, again = (in_process(Path(folder), "--worker") for _ in range(2))
     result = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "arguments": {
             name: getattr(arguments, name)
-            for name in ("records", "ranks", "ranks_per_node", "batch_size", "tokens_per_pack")
+            for name in (
+                *("records", "ranks", "ranks_per_node", "batch_size", "tokens_per_pack"),
+                "first_batch_records",
+            )
         },
+        **read,
         "lengths_seconds": first["start_seconds"] - again["start_seconds"],
         **again,
     }
@@ -71,9 +88,25 @@ def main() -> int:
     return 0
 
 
-def in_process(folder: Path) -> dict[str, Any]:
-    """Open the data set and plan in a fresh process."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder)]
+def first_batches(arguments: argparse.Namespace) -> dict[str, float]:
+    """Measure the way to a first batch, where no lengths are on disk yet and where they are."""
+    from first_batch import make_readable_data_set
+
+    if not arguments.first_batch_records:
+        return {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        make_readable_data_set(Path(folder) / "data", count=arguments.first_batch_records)
+        new, *again = (in_process(Path(folder), "--reader") for _ in range(4))
+    name = "first_batch_seconds"
+    return {
+        "first_batch_new_seconds": new[name],
+        name: statistics.median(found[name] for found in again),
+    }
+
+
+def in_process(folder: Path, part: str) -> dict[str, Any]:
+    """Measure one part, plan or read, in a fresh process."""
+    command = [sys.executable, __file__, *sys.argv[1:], part, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -317,9 +350,21 @@ def table(result: dict[str, Any]) -> str:
         row("fill of the packs", "fill", lambda x: f"{100 * x:.1f} %"),
         row("blocks read in a window of 61,440 records", "blocks_a_window", lambda x: f"{x:.0f}"),
         row("data state of a checkpoint", "state_bytes", lambda x: f"{x:.0f} bytes"),
-        "",
     ]
-    return "\n".join(lines)
+    if "first_batch_seconds" in result:
+        size = f"{given['first_batch_records'] / 1e6:g} M records"
+        lines += [
+            row(f"first batch of {size}, lengths new", "first_batch_new_seconds", _seconds),
+            row(f"first batch of {size}, lengths on disk", "first_batch_seconds", _seconds),
+            "",
+            "First batch: wall seconds from the end of imports until one rank of 8 has 32 records "
+            "of it decoded, checked and packed; recipe and tokenizer are read, its plan hashed.",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s"
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def as_rank(arguments: Sequence[str]) -> int:
         (verify, "find_newest_whole", "find and verify the checkpoint"),
         (session, "build_parts", "build the model"),
         (session, "StageLoader", "open the data, make the plan"),
-        (session, "_agree_on_plan", "compare plans and bases"),
+        (session, "agree_on_plan", "compare plans and bases"),
         (session, "_template", "compare plans and bases"),
         *(
             (engine, name, "DeepSpeed: settings")

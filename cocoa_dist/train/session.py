@@ -7,6 +7,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cocoa_dist import distributed
@@ -85,7 +86,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         num_nodes=distributed.num_nodes(),
         state=found.manifest.data_state if found.manifest else None,
     )
-    _agree_on_plan(loader)
+    agree_on_plan(loader)
     template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
     refuse_other_base(found, template)
     flops = StepFlops.of_model(
@@ -230,14 +231,15 @@ def quiet_known_warnings() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # energon asks for it without a GPU
 
 
-def _agree_on_plan(loader: StageLoader) -> None:
+def agree_on_plan(loader: StageLoader) -> None:
     """Compare the ranks' plans: each reads the data itself. Collective.
 
     Raises ValueError naming the ranks; different plans would end in unequal packs and a hang.
     """
     digest = hashlib.sha256(loader.fingerprint.encode())
     for source in loader.plan.sources:
-        digest.update(source.tokens.tobytes() + source.patches.tobytes())
+        for bounds in (source.tokens, source.patches):  # of a large source mapped: not copied
+            digest.update(np.ascontiguousarray(bounds).data)
     different = _unlike_rank_zero(digest.hexdigest())
     if different:
         raise ValueError(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cocoa_dist.config import RunConfig, load_recipe
-from cocoa_dist.data.fullest import _that_fit, fullest_pack, most_packs
+from cocoa_dist.data.fullest import _largest_first, _that_fit, fullest_pack, most_packs
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.data.records import Record, image_part, text_part
@@ -124,3 +124,17 @@ def test_what_fits_is_taken_in_order_across_chunks(monkeypatch) -> None:
     assert list(_that_fit(sizes, room=room, count=9)) == [0, 2, 4]
     assert list(_that_fit(sizes, room=room, count=2)) == [0, 2]
     assert room.tolist() == [100, 5]
+
+
+def test_of_a_large_source_the_largest_and_a_sample_are_tried(monkeypatch, tmp_path) -> None:
+    """Sorting ten million records would keep a stage waiting; the pack is as full with some."""
+    overrides = ["data.tokens_per_pack=320", f"stages.{STAGES[0]}.data.sources.emoji.limit=2000"]
+    config = load_recipe("debug", overrides)
+    one = loader(config, STAGES[0], tmp_path)
+    whole = fullest_pack(one, world_size=1)
+    monkeypatch.setattr("cocoa_dist.data.fullest._LOOKED_AT", 200)
+    tried = _largest_first(one.plan.sources[0], one.plan)
+    assert 150 <= len(tried.records) == len(set(tried.records.tolist())) <= 300
+    some = fullest_pack(one, world_size=1)
+    assert some.records[0] == whole.records[0]
+    assert some.pack.num_tokens >= 0.97 * whole.pack.num_tokens
