@@ -278,7 +278,7 @@ def plan_steps(plan: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     source = plan.sources[0]
     nodes = max(1, arguments.ranks // arguments.ranks_per_node)
     places = np.random.default_rng(0).integers(1, 100_000, arguments.steps)
-    seconds, tokens, patches, fill = [], [], [], []
+    seconds, tokens, patches = [], [], []
     for step in places.tolist():
         began = time.process_time()
         ranks = plan.step(step, arguments.ranks, num_nodes=nodes).ranks
@@ -288,17 +288,50 @@ def plan_steps(plan: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         tokens.append(of_rank.max() / of_rank.mean())
         of_unit = np.array([source.patches[numbers].sum() for numbers in records])
         patches.append(of_unit.max() / of_unit.mean())
-        room = len(ranks) * len(ranks[0]) * plan.tokens_per_pack
-        fill.append(of_rank.sum() / room)
     return {
         "step_milliseconds": 1e3 * statistics.median(seconds),
         "step_milliseconds_worst": 1e3 * max(seconds),
         "tokens_over_mean": max(tokens),
         "patches_over_mean": max(patches),
         "packs_a_rank": len(ranks[0]),
-        "fill": statistics.median(fill),
+        "fills": [
+            fill_of(plan, places=places[:8].tolist(), num_ranks=num_ranks, budget=budget)
+            for num_ranks in sorted({max(1, plan.batch_size // 1024), arguments.ranks})
+            for budget in (plan.tokens_per_pack, 2 * plan.tokens_per_pack)
+        ],
         "blocks_a_window": blocks_of_a_window(plan),
         "state_bytes": len(json.dumps(plan.state(1000))),
+    }
+
+
+def fill_of(plan: Any, *, places: list[int], num_ranks: int, budget: int) -> dict[str, float]:
+    """How full packs of a budget are, and how full whole packs can be: medians over steps.
+
+    All ranks have as many packs as the neediest: of 5.2 packs' worth of tokens 6 are made.
+    """
+    import math
+    from dataclasses import replace
+
+    factor = budget / plan.tokens_per_pack
+    plan = replace(
+        plan, tokens_per_pack=budget, patches_per_pack=round(factor * plan.patches_per_pack)
+    )
+    source, fill, bound, packs = plan.sources[0], [], [], []
+    for step in places:
+        ranks = plan.step(step, num_ranks).ranks
+        records = [[slot.record for pack in one for slot in pack] for one in ranks]
+        tokens = [int(source.tokens[numbers].sum()) for numbers in records]
+        patches = [int(source.patches[numbers].sum()) for numbers in records]
+        need = max(max(tokens) / budget, max(patches) / plan.patches_per_pack)
+        packs.append(len(ranks[0]))
+        fill.append(sum(tokens) / (num_ranks * packs[-1] * budget))
+        bound.append(sum(tokens) / (num_ranks * math.ceil(need) * budget))
+    return {
+        "records_a_rank": plan.batch_size // num_ranks,
+        "budget": budget,
+        "packs": statistics.median(packs),
+        "fill": statistics.median(fill),
+        "whole_packs_allow": statistics.median(bound),
     }
 
 
@@ -347,7 +380,6 @@ def table(result: dict[str, Any]) -> str:
         row("tokens, largest rank over mean", "tokens_over_mean", lambda x: f"{x:.3f}"),
         row("patches, largest rank over mean", "patches_over_mean", lambda x: f"{x:.3f}"),
         row("packs a rank", "packs_a_rank", lambda x: f"{x:.0f}"),
-        row("fill of the packs", "fill", lambda x: f"{100 * x:.1f} %"),
         row("blocks read in a window of 61,440 records", "blocks_a_window", lambda x: f"{x:.0f}"),
         row("data state of a checkpoint", "state_bytes", lambda x: f"{x:.0f} bytes"),
     ]
@@ -360,7 +392,25 @@ def table(result: dict[str, Any]) -> str:
             "First batch: wall seconds from the end of imports until one rank of 8 has 32 records "
             "of it decoded, checked and packed; recipe and tokenizer are read, its plan hashed.",
         ]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *fill_lines(result["fills"]), ""])
+
+
+def fill_lines(fills: list[dict[str, float]]) -> list[str]:
+    """Return the table of how full packs are."""
+    rows = [
+        f"| {one['records_a_rank']:.0f} | {one['budget']:.0f} | {one['packs']:.0f} | "
+        f"{100 * one['fill']:.1f} % | {100 * one['whole_packs_allow']:.1f} % |"
+        for one in fills
+    ]
+    return [
+        "Fill: tokens over packs times budget. A step has its own records and no others, and all "
+        "ranks have as many packs: 5.2 packs' worth of tokens are 6 packs. Nothing is padded, so "
+        "what is not filled is memory, not work.",
+        "",
+        "| records a rank | tokens a pack | packs a rank | fill | whole packs allow |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        *rows,
+    ]
 
 
 def _seconds(value: float) -> str:

@@ -13,6 +13,7 @@ NO_NODE = -1
 _BALANCED = 1.01  # the most that a rank may have of the mean of a unit, if swaps can do it
 _SWAPS = 256
 _CANDIDATES = 48  # records of a rank that are looked at for a swap
+_TRIED = 96  # waiting items that are looked at to fill a bin tightly
 
 
 def deal(
@@ -55,6 +56,71 @@ def greedy_knapsack(lengths: NDArray[np.integer[Any]], budgets: Sequence[int]) -
     if (sizes.sum(axis=0) <= limits).all():
         return [order] if len(order) else []
     return _fill(order, sizes, limits)
+
+
+def pack_ranks(
+    sizes: NDArray[np.integer[Any]], parts: Sequence[Ints], budgets: Sequence[int]
+) -> list[list[Ints]]:
+    """Put the items of each rank into bins, of which all ranks need as many as the neediest one.
+
+    `sizes` is (items, units); a part holds a rank's items. Where a rank needs more bins than any
+    rank's items would fill, it is packed again with more care. Returns items by rank and bin.
+    """
+    found = [greedy_knapsack(sizes[items], budgets) for items in parts]
+    loads = np.stack([sizes[items].sum(axis=0) for items in parts]) / np.asarray(budgets)
+    fewest = int(np.ceil(loads.max() - 1e-9))
+    for rank, items in enumerate(parts):
+        if len(found[rank]) > fewest:
+            again = tight_knapsack(sizes[items], budgets)
+            found[rank] = min(found[rank], again, key=len)
+    return [[items[inside] for inside in bins] for items, bins in zip(parts, found, strict=True)]
+
+
+def tight_knapsack(lengths: NDArray[np.integer[Any]], budgets: Sequence[int]) -> list[Ints]:
+    """Put items into bins as greedy_knapsack does, each bin as nearly full as can be.
+
+    The largest waiting item and those of some others whose sizes add up to most of the room, by
+    the unit that is scarcest; sums that can be reached are the bits of an integer. Some ten times
+    slower. Raises ValueError for an item that fits into no bin.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    limits = np.asarray(budgets, dtype=np.int64)
+    if (sizes > limits).any():
+        return greedy_knapsack(lengths, budgets)  # which names the item
+    scarce = int((sizes.sum(axis=0) / limits).argmax())
+    waiting = np.argsort(-(sizes / limits).max(axis=1), kind="stable")
+    bins: list[Ints] = []
+    while len(waiting):
+        others = waiting[1:][:: -(-len(waiting) // _TRIED)]
+        room = limits - sizes[waiting[0]]
+        inside = [waiting[0], *others[_fullest_sum(sizes[others], room, scarce)]]
+        room = limits - sizes[inside].sum(axis=0)
+        waiting = waiting[~np.isin(waiting, inside)]
+        while len(fitting := np.flatnonzero((sizes[waiting] <= room).all(axis=1))):
+            inside.append(waiting[fitting[0]])  # the largest that the others have left room for
+            room = room - sizes[inside[-1]]
+            waiting = np.delete(waiting, fitting[0])
+        bins.append(np.array(inside, dtype=np.int64))
+    return bins
+
+
+def _fullest_sum(sizes: Ints, room: Ints, scarce: int) -> list[int]:
+    """Return rows that together take most of the room in a unit, as far as all units allow."""
+    steps = sizes[:, scarce].tolist()
+    mask = (1 << (int(room[scarce]) + 1)) - 1
+    reached = [1]  # bit n: some of the rows before add up to n
+    for step in steps:
+        reached.append((reached[-1] | (reached[-1] << step)) & mask)
+    total, chosen = reached[-1].bit_length() - 1, []
+    left = room.copy()
+    for row in range(len(steps) - 1, -1, -1):
+        if reached[row] >> total & 1:
+            continue
+        total -= steps[row]
+        if (sizes[row] <= left).all():
+            left = left - sizes[row]
+            chosen.append(row)
+    return chosen
 
 
 def _fill(order: Ints, sizes: Ints, limits: Ints) -> list[Ints]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_dist.data.dealing import deal, greedy_knapsack
+from cocoa_dist.data.dealing import deal, pack_ranks
 from cocoa_dist.data.shuffle import Shuffle, lanes_at, records_at
 
 Ints = NDArray[np.int64]
@@ -314,18 +314,16 @@ class StepPlan:
         budgets = (self.tokens_per_pack, self.patches_per_pack)
         at_home = num_nodes > 1 and self.shuffle.lanes % num_nodes == 0
         nodes = np.where(lanes < 0, lanes, lanes * num_nodes // self.shuffle.lanes)
-        ranks: list[list[Pack]] = []
-        for items in deal(
+        parts = deal(
             sizes,
             num_ranks=world_size,
             num_nodes=num_nodes if at_home else 1,
             node=nodes if at_home else None,
-        ):
-            bins = greedy_knapsack(sizes[items], budgets)
-            chosen = [items[np.sort(inside)] for inside in bins]
-            ranks.append(
-                [_pack(places, drawn.records[places], drawn.passes[places]) for places in chosen]
-            )
+        )
+        ranks = [
+            [_pack(np.sort(places), drawn) for places in bins]
+            for bins in pack_ranks(sizes, parts, budgets)
+        ]
         most = max(map(len, ranks))
         return tuple((*packs, *[()] * (most - len(packs))) for packs in ranks)
 
@@ -341,7 +339,8 @@ class _Drawn:
     sizes: Ints  # (batch_size, 2): bounds of tokens and patches
 
 
-def _pack(places: Ints, records: Ints, passes: Ints) -> Pack:
+def _pack(places: Ints, drawn: _Drawn) -> Pack:
+    records, passes = drawn.records[places], drawn.passes[places]
     return tuple(map(Slot, places.tolist(), records.tolist(), passes.tolist()))
 
 

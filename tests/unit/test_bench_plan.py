@@ -21,6 +21,8 @@ def test_planning_is_measured_on_an_index_without_records(tmp_path: Path) -> Non
     assert found["blocks_a_window"] == 960
     assert found["tokens_over_mean"] < 1.05
     assert found["lengths_seconds"] > 0  # the second process found them on disk
+    for one in found["fills"]:
+        assert one["fill"] == pytest.approx(one["whole_packs_allow"])
     assert 0 < found["first_batch_seconds"] < 60
     assert "first batch of 0.02 M records, lengths on disk" in (tmp_path / "plan.md").read_text()
     assert "| a step, all ranks |" in (tmp_path / "plan.md").read_text()
