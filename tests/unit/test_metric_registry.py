@@ -9,6 +9,7 @@ import pytest
 
 from cocoa_dist.config import load_recipe
 from cocoa_dist.events import EVENTS_NAME
+from cocoa_dist.exporter import Values
 from cocoa_dist.manifest import Manifest, write_manifest
 from cocoa_dist.metrics import CAUSES, METRICS, PHASES, TIMED, Kind, Source, count_series
 from cocoa_dist.monitor import Monitor
@@ -64,6 +65,15 @@ NOT_EXPORTED = {"stage", "epoch", "time", "batch_digest"}
 
 def test_a_run_of_1024_ranks_stays_below_60_000_series() -> None:
     assert 1024 * 10 < count_series(world_size=1024) <= 60_000
+
+
+def test_a_histogram_counts_with_every_bucket() -> None:
+    for metric in METRICS.values():
+        if metric.buckets:
+            values = Values(Source.RANK_0)
+            values.observe(metric.name, 1.0)
+            (family,) = values.collect()
+            assert metric.most_series == len(family.samples) == len(metric.buckets) + 3
 
 
 def test_the_series_of_a_rank_are_counted_by_hand_once() -> None:
