@@ -5,6 +5,7 @@ were lost and done again can be counted after the process that did them has died
 change of phase and per heartbeat: times are seconds since 1970, durations seconds.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,28 @@ from cocoa_dist.metrics import JsonLines
 
 EVENTS_NAME = "events.jsonl"
 SUBMITTED = "submitted"  # the first line, the launcher's: from here on the run costs time
+LAUNCHED = "launched"  # the launcher's: from here on one is at work
+
+
+class Diary(JsonLines):
+    """The file; a line that a killed writer left torn stays a line of its own."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir / EVENTS_NAME)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append one line. Raises OSError if the disk is full."""
+        if self._descriptor is None:
+            self._end_torn_line()
+        super().append(record)
+
+    def _end_torn_line(self) -> None:
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return
+        with self.path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 @dataclass
@@ -32,7 +55,7 @@ class Events:
 
     def __init__(self, run_dir: Path, *, stage: str, epoch: str, every_seconds: float) -> None:
         """`every_seconds`: at least this long between two heartbeats."""
-        self._lines = JsonLines(run_dir / EVENTS_NAME)
+        self._lines = Diary(run_dir)
         self._who = {"stage": stage, "epoch": epoch}
         self._every = every_seconds
         self._beat = _Beat()

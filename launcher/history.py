@@ -60,18 +60,36 @@ class Incarnation(BaseModel):
 
 def read_incarnations(run_dir: Path) -> list[Incarnation]:
     """Return all incarnations in the order of their starts; torn lines are skipped."""
+    return list({item.epoch: item for item in _read_lines(run_dir)}.values())
+
+
+def _read_lines(run_dir: Path) -> Iterator[Incarnation]:
+    """Yield the starts and ends in the order in which they were written."""
     try:
         lines = (run_dir / INCARNATIONS_NAME).read_bytes().splitlines()
     except OSError:
-        return []
-    found: dict[str, Incarnation] = {}
+        return
     for line in lines:
         try:
-            incarnation = Incarnation.model_validate_json(line)
+            yield Incarnation.model_validate_json(line)
         except ValueError:
             continue
-        found[incarnation.epoch] = incarnation
-    return list(found.values())
+
+
+def clock_steps(run_dir: Path) -> dict[str, float]:
+    """Return by how many seconds the clock of an incarnation is behind those before it.
+
+    Lines are in the order in which they were written: a start that stands behind an end and is
+    earlier by its time was written by a machine whose clock is behind, or was set back.
+    """
+    steps: dict[str, float] = {}
+    latest = float("-inf")
+    for item in _read_lines(run_dir):
+        if item.epoch not in steps:
+            steps[item.epoch] = max(0.0, latest - item.started_at)
+        when = item.started_at if item.ended_at is None else item.ended_at
+        latest = max(latest, when + steps[item.epoch])
+    return {epoch: step for epoch, step in steps.items() if step}
 
 
 def start_incarnation(

@@ -8,19 +8,19 @@ time whatever the files hold. See docs/metrics.md for what each cause means.
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cocoa_dist.config import RunConfig
-from cocoa_dist.events import EVENTS_NAME, SUBMITTED
+from cocoa_dist.events import EVENTS_NAME, LAUNCHED, SUBMITTED
 from cocoa_dist.metrics import CAUSES
 from launcher.advance import stage_states
-from launcher.history import Incarnation, Verdict, read_incarnations
+from launcher.history import Incarnation, Verdict, clock_steps, read_incarnations
 
 HANG_SECONDS = 60.0  # at least, without a step, before that counts as a hang
 HANG_STEPS = 20  # median steps without a step
 _HUNG = "HangError"  # in the reason of an incarnation that its watchdog ended
-_LAUNCHER_GOES_ON = (Verdict.FINISHED, Verdict.CRASH)  # the next start is its own
+_LAUNCHER_GOES_ON = (Verdict.FINISHED, Verdict.CRASH)  # the next start is its own, as a rule
 _OVER = (Verdict.STOPPED, Verdict.GIVEN_UP, Verdict.BAD_INPUT)  # until somebody acts
 _CAUSE_OF_PHASE = {
     "start": "start",
@@ -64,6 +64,15 @@ class Event:
     longest: float = 0.0  # of the steps
 
 
+@dataclass
+class Diary:
+    """What `events.jsonl` tells: by incarnation, in the order in which it was written."""
+
+    events: dict[str, list[Event]] = field(default_factory=dict)
+    submitted: float | None = None  # seconds since 1970
+    launches: list[float] = field(default_factory=list)  # since when launchers were at work
+
+
 @dataclass(frozen=True)
 class _Span:
     """A piece of the wall time. `steps` > 0: productive, the steps up to `step` of `stage`."""
@@ -88,56 +97,60 @@ def read_ledger(run_dir: Path, config: RunConfig, *, now: float, live: bool) -> 
 
     A run that is done, stopped or given up ends with its last incarnation.
     """
-    incarnations = sorted(read_incarnations(run_dir), key=lambda item: item.started_at)
+    steps = clock_steps(run_dir)
+    incarnations = [_set_clock(item, steps) for item in read_incarnations(run_dir)]
     empty = dict.fromkeys(CAUSES, 0.0)
     if not incarnations:
         return Ledger(empty, 0.0, known=False)
-    diary, submitted = read_events(run_dir)
+    diary = read_diary(run_dir)
+    for epoch, step in steps.items():
+        moved = [replace(event, time=event.time + step) for event in diary.events.get(epoch, ())]
+        diary.events[epoch] = moved
     stages = stage_states(config, run_dir)
     last = incarnations[-1]
     over = last.verdict in _OVER or all(state.complete for state in stages)
     until = last.ended_at if over and not live and last.ended_at is not None else now
     walk = _Walk(diary, live=live)
-    walk.over_all(incarnations, begin=submitted, until=until)
+    walk.over_all(incarnations, until=until)
     if not live:  # what no checkpoint holds has to be done again
         for state in stages:
             walk.pieces.append(_Resume(state.stage, state.step))
     for span in _redone(walk.pieces):
         empty[span.cause] += span.seconds
     held = sum(
-        item.world_size * max(0.0, (item.ended_at or until) - item.started_at)
-        for item in incarnations
+        item.world_size * max(0.0, walk.ends[item.epoch] - item.started_at) for item in incarnations
     )
-    return Ledger(empty, held, known=bool(diary))
+    return Ledger(empty, held, known=bool(diary.events))
 
 
-def read_events(run_dir: Path) -> tuple[dict[str, list[Event]], float | None]:
-    """Return the diary by incarnation, and when the run was submitted, if that is written down.
+def _set_clock(item: Incarnation, steps: Mapping[str, float]) -> Incarnation:
+    """Return an incarnation with its times as the clocks before it would have told them."""
+    step = steps.get(item.epoch, 0.0)
+    ended = None if item.ended_at is None else item.ended_at + step
+    return item.model_copy(update={"started_at": item.started_at + step, "ended_at": ended})
 
-    Lines that are torn or of another kind are left out.
-    """
-    submitted: float | None = None
-    found: dict[str, list[Event]] = {}
+
+def read_diary(run_dir: Path) -> Diary:
+    """Read `events.jsonl`; lines that are torn or of another kind are left out."""
+    diary = Diary()
     try:
         lines = (run_dir / EVENTS_NAME).read_bytes().splitlines()
     except OSError:
-        lines = []
+        return diary
     for line in lines:
-        parsed = _parse(line)
-        if isinstance(parsed, float):
-            submitted = parsed if submitted is None else submitted
-        elif parsed is not None:
-            found.setdefault(parsed[0], []).append(parsed[1])
-    return found, submitted
+        _take(line, diary)
+    return diary
 
 
-def _parse(line: bytes) -> tuple[str, Event] | float | None:
+def _take(line: bytes, diary: Diary) -> None:
     try:
         fields = json.loads(line)
-        if fields["kind"] == SUBMITTED:
-            return float(fields["time"])
+        if fields["kind"] == SUBMITTED and diary.submitted is None:
+            diary.submitted = float(fields["time"])
+        elif fields["kind"] == LAUNCHED:
+            diary.launches.append(float(fields["time"]))
         if fields["kind"] not in ("phase", "beat"):
-            return None
+            return
         event = Event(
             time=float(fields["time"]),
             stage=str(fields["stage"]),
@@ -148,44 +161,51 @@ def _parse(line: bytes) -> tuple[str, Event] | float | None:
             waited=float(fields.get("waited", 0.0)),
             longest=float(fields.get("longest", 0.0)),
         )
-        return str(fields["epoch"]), event
+        diary.events.setdefault(str(fields["epoch"]), []).append(event)
     except (ValueError, KeyError, TypeError):
-        return None
+        return
 
 
 class _Walk:
     """Cuts the wall time into pieces, in order."""
 
-    def __init__(self, diary: Mapping[str, Sequence[Event]], *, live: bool) -> None:
+    def __init__(self, diary: Diary, *, live: bool) -> None:
         self.diary, self.live = diary, live
         self.pieces: list[_Span | _Resume] = []
+        self.ends: dict[str, float] = {}  # of incarnations, in seconds since 1970
         self._cursor = 0.0
-        beats = [e for events in diary.values() for e in events if e.steps]
+        beats = [e for events in diary.events.values() for e in events if e.steps]
         typical = statistics.median(b.seconds / b.steps for b in beats) if beats else 0.0
         self._typical = typical
         self._patience = max(HANG_SECONDS, HANG_STEPS * typical)
 
-    def over_all(
-        self, incarnations: Sequence[Incarnation], *, begin: float | None, until: float
-    ) -> None:
-        """Walk from `begin`, or from the first start, to `until`."""
-        first = incarnations[0].started_at
+    def over_all(self, incarnations: Sequence[Incarnation], *, until: float) -> None:
+        """Walk from the submission, or from the first start, to `until`."""
+        first, begin = incarnations[0].started_at, self.diary.submitted
         self._cursor = first if begin is None else min(begin, first)
-        self._to(first, "queue")
-        before: Incarnation | None = None
+        self._between(first, own=False)
         limits = [*(item.started_at for item in incarnations[1:]), until]
         for item, limit in zip(incarnations, limits, strict=True):
-            if before is not None:
-                own = before.verdict in _LAUNCHER_GOES_ON
-                self._to(item.started_at, "start" if own else "queue")
-            self._over(item, limit=limit)
-            before = item
-        self._to(until, "start" if self.live else "queue")
+            last = item is incarnations[-1]
+            self._over(item, limit=limit, live=self.live and last)
+            own = self.live if last else item.verdict in _LAUNCHER_GOES_ON
+            self._between(limit, own=own)
 
-    def _over(self, item: Incarnation, *, limit: float) -> None:
-        """Walk over one incarnation; what a zombie writes after `limit` is nobody's time."""
-        phase = "start"
-        for event in self.diary.get(item.epoch, ()):
+    def _between(self, end: float, *, own: bool) -> None:
+        """Walk to `end` without ranks; `own`: the launcher before is at work, if no other is."""
+        began = [launch for launch in self.diary.launches if self._cursor < launch <= end]
+        if began:
+            self._to(max(began), "queue")
+            own = True
+        self._to(end, "start" if own else "queue")
+
+    def _over(self, item: Incarnation, *, limit: float, live: bool) -> None:
+        """Walk over one incarnation; what a zombie writes after `limit` is nobody's time.
+
+        One without an end that is not `live` has ended with its last sign of life, unseen.
+        """
+        phase, begin = "start", self._cursor
+        for event in self.diary.events.get(item.epoch, ()):
             if event.time > limit:
                 break
             if event.steps:
@@ -196,7 +216,12 @@ class _Walk:
             phase = event.phase
             if phase == "train":
                 self.pieces.append(_Resume(event.stage, event.step))
-        self._tail(item, phase, end=limit if item.ended_at is None else item.ended_at)
+        if item.ended_at is not None:
+            end = min(item.ended_at, max(limit, begin))
+        else:
+            end = limit if live else self._cursor
+        self._tail(item, phase, end=end)
+        self.ends[item.epoch] = end
 
     def _beat(self, beat: Event, *, phase: str) -> None:
         """Walk to the end of a beat: what lies before its steps belongs to the phase."""

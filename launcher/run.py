@@ -25,7 +25,7 @@ from launcher.history import (
 )
 from launcher.progress import Display, duration, say
 from launcher.run_metrics import RunExporter
-from launcher.runfolder import STOP_NAME, check_usable, prepare
+from launcher.runfolder import STOP_NAME, check_usable, note_launch, prepare
 from launcher.signals import Interrupts
 from launcher.steplog import Follower
 
@@ -45,6 +45,7 @@ class RunRequest:
     overrides: tuple[str, ...]
     run_dir: Path
     until: str | None = None  # stage after which to leave, with 0
+    submitted_at: float | None = None  # seconds since 1970; None: when `run` was called
 
 
 def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
@@ -53,6 +54,7 @@ def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
     Raises ConfigError, RunFolderError or BadInputError for what the caller has to change; unless
     it was a rank that found it, nothing has been written then.
     """
+    began = time.time()
     config = load_recipe(request.recipe, request.overrides)
     if request.until is not None and request.until not in config.stages:
         raise BadInputError(
@@ -67,7 +69,13 @@ def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
         say(console, "told to leave while looking at the inputs; to be queued again")
         return REQUEUE_CODE
     with Interrupts() as interrupts, backend.hold(run_dir):
-        adopted = prepare(run_dir, config=config, recipe_file=recipe_path(request.recipe))
+        adopted = prepare(
+            run_dir,
+            config=config,
+            recipe_file=recipe_path(request.recipe),
+            submitted_at=min(began, request.submitted_at or began),
+        )
+        note_launch(run_dir, at=began)
         for line in adopted:
             say(console, f"changed since the last start: {line}")
         for item in end_lost_incarnations(run_dir):

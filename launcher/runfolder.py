@@ -20,9 +20,8 @@ from cocoa_dist.config import (
     dump_yaml,
     load_resolved,
 )
-from cocoa_dist.events import EVENTS_NAME, SUBMITTED
+from cocoa_dist.events import LAUNCHED, SUBMITTED, Diary
 from cocoa_dist.manifest import write_atomic
-from cocoa_dist.metrics import JsonLines
 from launcher.codestate import describe_code
 
 RESOLVED_NAME = "resolved.yaml"
@@ -86,10 +85,13 @@ def check_usable(run_dir: Path) -> None:
     _check_free_space(run_dir, parent=parent)
 
 
-def prepare(run_dir: Path, *, config: RunConfig, recipe_file: Path) -> list[str]:
+def prepare(
+    run_dir: Path, *, config: RunConfig, recipe_file: Path, submitted_at: float | None = None
+) -> list[str]:
     """Make `run_dir` a run folder, or check that `config` fits the run that is in it.
 
-    Call with the lock held. Returns the free differences that were adopted, `key: old -> new`.
+    Call with the lock held. `submitted_at`: since when a new run costs time, in seconds since 1970;
+    None for now. Returns the free differences that were adopted, `key: old -> new`.
     Raises RunFolderError if the recipe would change the numbers of a run that has begun.
     """
     adopted: list[str] = []
@@ -102,10 +104,20 @@ def prepare(run_dir: Path, *, config: RunConfig, recipe_file: Path) -> list[str]
         write_atomic(run_dir / "recipe.yaml", recipe_file.read_bytes())
         write_atomic(run_dir / RESOLVED_NAME, dump_yaml(config).encode())
     if new:
-        diary = JsonLines(run_dir / EVENTS_NAME)
-        diary.append({"time": time.time(), "kind": SUBMITTED})
-        diary.close()
+        since = time.time() if submitted_at is None else submitted_at
+        _note(run_dir, {"time": since, "kind": SUBMITTED})
     return adopted
+
+
+def note_launch(run_dir: Path, *, at: float) -> None:
+    """Note since when this launcher is at work: before that, the run waited for one."""
+    _note(run_dir, {"time": at, "kind": LAUNCHED})
+
+
+def _note(run_dir: Path, line: dict[str, object]) -> None:
+    diary = Diary(run_dir)
+    diary.append(line)
+    diary.close()
 
 
 def record_code(run_dir: Path) -> None:

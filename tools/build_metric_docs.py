@@ -32,8 +32,8 @@ _TITLES = {
 }
 _MEANINGS = {
     "productive": "inside steps whose result is in the final history, without waiting for data",
-    "queue": "no launcher at work: before a start that somebody else, or SLURM, had to make",
-    "start": "processes starting and leaving, building the model, checks before step 1",
+    "queue": "no launcher at work: after the submission (of the job) and between two of them",
+    "start": "launcher and ranks starting and leaving, looking at inputs and nodes",
     "restore": "looking for a checkpoint, checking and loading it",
     "data_wait": "a step waiting for its data",
     "checkpoint": "training standing still for a save",

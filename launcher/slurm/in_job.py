@@ -4,17 +4,20 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from launcher.progress import say
 from launcher.run import RunRequest, run
+from launcher.runfolder import is_run_folder
 from launcher.slurm.allocation import read_allocation
 from launcher.slurm.backend import SlurmBackend
 from launcher.slurm.cluster_file import check_mounts, load_cluster_file
 from launcher.slurm.codecopy import copy_code, moved_on, remember_code
 from launcher.slurm.jobs import SUBMIT_DIR
+from launcher.slurm.scheduler import submitted_at
 from launcher.slurm.submission import record_submission
 
 
@@ -47,4 +50,6 @@ def run_in_job(request: RunRequest, *, console: Console, cluster_path: Path | No
     backend = SlurmBackend(
         allocation=allocation, cluster=cluster, say=lambda text: say(console, text), keep=keep
     )
+    if not is_run_folder(request.run_dir.expanduser().absolute()):
+        request = replace(request, submitted_at=submitted_at(allocation.job))
     return run(request, console=console, backend=backend)

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 _SECONDS = 20.0  # a controller that takes longer counts as not there
 _FIELD = re.compile(r"(?:^| )([A-Za-z_][\w/:]*)=")
@@ -48,6 +49,16 @@ def parse_job(line: str) -> Job:
     for place, end in zip(places, ends, strict=True):
         fields.setdefault(place[1], line[place.end() : end].strip())
     return Job(fields)
+
+
+def submitted_at(job: str) -> float | None:
+    """Return when a job was submitted, in seconds since 1970; None if that is not known."""
+    known = show_job(job)
+    try:
+        # SLURM writes local time, without the offset.
+        return datetime.fromisoformat(known["SubmitTime"]).timestamp() if known else None
+    except ValueError:
+        return None
 
 
 def show_job(job: str, *, seconds: float = _SECONDS) -> Job | None:

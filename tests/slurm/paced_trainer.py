@@ -1,4 +1,4 @@
-"""The trainer of a rank, with a pause after each step, so that a run lasts and leaves CPU time.
+"""The trainer of a rank, with a pause in each step, so that a run lasts and leaves CPU time.
 
     paced_trainer.py SECONDS [arguments of `python -m cocoa_dist.train`]
 
@@ -13,18 +13,18 @@ _STOP.install()
 import sys  # noqa: E402
 import time  # noqa: E402
 
-from cocoa_dist.monitor import Monitor  # noqa: E402
 from cocoa_dist.train import __main__ as trainer  # noqa: E402
+from cocoa_dist.train import loop  # noqa: E402
 
 
 def slow_down(seconds: float) -> None:
-    known = Monitor.step
+    known = loop.StageRun._extras
 
-    def step(self: Monitor, *arguments, **named) -> None:
-        known(self, *arguments, **named)
+    def extras(self, batch):
         time.sleep(seconds)
+        return known(self, batch)
 
-    Monitor.step = step  # type: ignore[method-assign]
+    loop.StageRun._extras = extras  # called inside every step, on every rank
 
 
 if __name__ == "__main__":

@@ -13,12 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cluster import REQUEUE_HOLD
 from live_prometheus import AS_SHIPPED, Prometheus, filled, missing_servers
 from site_run import STAGES, Site
+
+from cocoa_dist.config import load_resolved
+from launcher.ledger import read_ledger
 
 pytestmark = pytest.mark.slurm
 PACED = Path(__file__).with_name("paced_trainer.py")
 PAUSE = "0.25"  # seconds between two steps
+HELD = 4.0  # seconds in the queue before the first start
 LIMIT = 120.0  # seconds, on a busy machine
 UP = 'up{job="cocoa"} == 1'
 EVERYBODY = {"run/r0", "run/r1", "run/launcher"}
@@ -35,7 +40,7 @@ class Watch:
     def targets(self) -> Path:
         return self.site.folder / "targets"
 
-    def submit(self, *words: str, steps: int, every: int) -> str:
+    def submit(self, *words: str, steps: int, every: int, options: tuple[str, ...] = ()) -> str:
         """Submit the first stage of `debug`."""
         self.site.write_recipe(first=steps, every=every)
         command = (str(PACED), PAUSE)
@@ -45,7 +50,7 @@ class Watch:
             f"metrics.targets={self.targets}",
             "metrics.log_every_steps=1",
         )
-        return self.site.submit(tasks=1, words=(*fixed, *words))
+        return self.site.submit(*options, tasks=1, words=(*fixed, *words))
 
     def wait(self, condition: Callable[[], object], what: str, *, seconds: float = LIMIT) -> float:
         return self.site.wait(lambda: bool(condition()), what, seconds=seconds)
@@ -95,7 +100,10 @@ def watch(site: Site, tmp_path: Path) -> Iterator[Watch]:
 
 def test_a_requeue_pages_nobody_and_a_stopped_rank_does_within_two_minutes(watch: Watch) -> None:
     site, prometheus = watch.site, watch.prometheus
-    job = watch.submit(steps=2000, every=20)
+    submitted = time.time()
+    job = watch.submit(steps=2000, every=20, options=("--hold",))
+    time.sleep(HELD)
+    site.cluster.login("scontrol", "release", job)
     watch.wait_until_scraped("first start")
     watch.wait(
         lambda: watch.sees('cocoa_run_info{restart="0"} and on () cocoa_train_step > 3'), "steps"
@@ -126,12 +134,29 @@ def test_a_requeue_pages_nobody_and_a_stopped_rank_does_within_two_minutes(watch
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
+    hung = time.monotonic() - began
     watch.wait(lambda: "TrainingStalled" not in prometheus.firing(), "page taken back")
     site.cluster.login("scancel", job)
     site.wait_for_end(job)
+    assert_ledger(site, submitted=submitted, hung=hung)
     watch.wait_until_gone()
     watch.assert_sent(pages={"TrainingStalled"}, tickets=set())
     sys.stderr.write(f"\n  {'; '.join(site.times)}\n")
+
+
+def assert_ledger(site: Site, *, submitted: float, hung: float) -> None:
+    """The ledger says what was done: held twice, stopped once, and nothing lost."""
+    config, now = load_resolved(site.run_dir / "resolved.yaml"), time.time()
+    ledger = read_ledger(site.run_dir, config, now=now, live=False)
+    wall = now - submitted
+    assert ledger.wall_seconds == pytest.approx(wall, abs=max(0.01 * wall, 1.5))  # SLURM: whole s
+    assert sum(ledger.seconds.values()) == ledger.wall_seconds
+    assert ledger.seconds["unknown"] < 0.02 * wall
+    assert ledger.seconds["hang"] == pytest.approx(hung, abs=3.0)
+    assert ledger.seconds["replay"] < 3.0
+    assert HELD + REQUEUE_HOLD - 1 < ledger.seconds["queue"] < HELD + REQUEUE_HOLD + 15
+    shares = ", ".join(f"{cause} {spent:.1f}" for cause, spent in ledger.seconds.items() if spent)
+    site.times.append(f"ledger of {wall:.1f} s: {shares}")
 
 
 def stop_a_rank(watch: Watch) -> list[int]:
