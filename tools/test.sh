@@ -4,7 +4,7 @@
 #   tools/test.sh                      everything: what CI runs
 #   tools/test.sh --fast               the checks and the quick unit tests
 #   tools/test.sh --fast -k attention  ... those of one subject
-# Tests that need SLURM, Prometheus or shellcheck are skipped, with the reason, where these are not
+# What needs SLURM, Prometheus or shellcheck is skipped, with the reason, where these are not
 # installed. As root on Debian, COCOA_TEST_PACKAGES=1 installs them first; CI does.
 # Every check runs even when an earlier one failed; the exit code is 0 only if all passed. The
 # failed checks are listed before the tests, so that pytest's own closing line comes last.
@@ -72,11 +72,29 @@ check_shell() {
     check shellcheck shellcheck --external-sources "${scripts[@]}"
 }
 
+# Debian's packages; CI installs them. tests/unit/test_alert_rules.py runs the same.
+check_prometheus() {
+    local folder=ops/prometheus
+    if command -v promtool >/dev/null; then
+        check "alert config" promtool check config "$folder/prometheus.yml"
+        check "alert rules" promtool check rules "$folder/rules.yml"
+        check "alert tests" promtool test rules "$folder"/rules*_test.yml
+    else
+        printf 'skipped %-14s not installed (apt-get install prometheus)\n' promtool
+    fi
+    if command -v amtool >/dev/null; then
+        check amtool amtool check-config "$folder/alertmanager.yml"
+    else
+        printf 'skipped %-14s not installed (apt-get install prometheus-alertmanager)\n' amtool
+    fi
+}
+
 check "ruff format" python -m ruff format --check .
 check "ruff" python -m ruff check .
 check "mypy" python -m mypy
 check "import-linter" lint-imports
 check_shell
+check_prometheus
 
 if ((${#failed[@]})); then
     printf '\n%d checks FAILED: %s. The tests follow.\n\n' "${#failed[@]}" "${failed[*]}"
