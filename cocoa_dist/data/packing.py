@@ -8,6 +8,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -37,6 +39,7 @@ Floats = NDArray[np.float32]
 Pooling = Literal["last", "mean", "compression"]
 
 JOINT_EVERY = 4  # the index counts texts one by one; joined, each may take a token more
+_LEVELS = 2**16  # of noise
 _VARIANCE_FLOOR = 1e-6  # of normalised patches (arXiv 2111.06377, released code)
 
 
@@ -123,11 +126,14 @@ def build_pack(
     )
 
 
-def patchify(images: NDArray[np.uint8], *, geometry: ImageGeometry) -> Floats:
+def patchify(
+    images: NDArray[np.uint8], *, geometry: ImageGeometry, out: Floats | None = None
+) -> Floats:
     """Turn pictures of one size (N, H, W, 3) into patches (N * patches, C), normalised.
 
     Order of patches and of the C = 3 * temporal * patch_size**2 values as Qwen2-VL's processor: the
-    patches of one visual token are neighbours; a patch is (colour, frame, row, column).
+    patches of one visual token are neighbours; a patch is (colour, frame, row, column). `out`:
+    where they are to be written, contiguous.
     """
     count, height, width, _ = images.shape
     size, merge = geometry.patch_size, geometry.merge
@@ -138,10 +144,14 @@ def patchify(images: NDArray[np.uint8], *, geometry: ImageGeometry) -> Floats:
     offset = np.array(
         [m / std for m, std in zip(geometry.mean, geometry.std, strict=True)], np.float32
     )
-    frame = ordered * scale[:, None] - offset[:, None]
-    patches = np.empty((len(frame), 3, geometry.temporal, size * size), dtype=np.float32)
-    patches[:] = frame[:, :, None]
-    return patches.reshape(len(frame), -1)
+    if out is None:
+        out = np.empty((len(ordered), 3 * geometry.temporal * size * size), dtype=np.float32)
+    patches = out.reshape(len(ordered), 3, geometry.temporal, size * size)
+    first = patches[:, :, 0]
+    np.multiply(ordered, scale[:, None], out=first)
+    first -= offset[:, None]
+    patches[:, :, 1:] = first[:, :, None]
+    return out
 
 
 def rope_positions(
@@ -309,19 +319,18 @@ def _vision(
             targets=np.zeros((0, target_values), dtype=np.float32),
             num_fillers=1,
         )
-    pixels = _all_patches(images, geometry=geometry)
+    pixels = _all_patches(images, geometry=geometry, values=values)
     hidden = np.concatenate([mask for s in samples for mask in s.image_masks])
     rows = np.flatnonzero(np.repeat(hidden, per_token))
-    first_frame = pixels[rows].reshape(len(rows), 3, geometry.temporal, geometry.patch_size**2)[
-        :, :, 0
-    ]
-    targets = first_frame.reshape(len(rows), 3 * geometry.patch_size**2)
+    first_frame = pixels.reshape(-1, 3, geometry.temporal, geometry.patch_size**2)[:, :, 0]
+    targets = first_frame[rows].reshape(len(rows), 3 * geometry.patch_size**2)
     if normalise and len(rows):
         centred = targets - targets.mean(axis=1, keepdims=True)
         variance = targets.var(axis=1, ddof=1, keepdims=True)
         targets = centred / np.sqrt(variance + np.float32(_VARIANCE_FLOOR))
     if len(rows) and replace:
-        pixels[rows] = _noise(samples, noise, per_token=per_token, values=values)
+        counts = [sum(int(mask.sum()) for mask in s.image_masks) * per_token for s in samples]
+        _make_noise(pixels, np.split(rows, np.cumsum(counts)[:-1]), noise)
     return _Vision(
         pixels=pixels,
         grids=[geometry.grid(image) for image in images],
@@ -331,39 +340,48 @@ def _vision(
     )
 
 
-def _all_patches(images: Sequence[Pixels], *, geometry: ImageGeometry) -> Floats:
-    """Patchify pictures of any sizes, one call for each size, and put them back in order."""
-    shapes = [image.shape for image in images]
-    if len(set(shapes)) == 1:
-        return patchify(np.stack(images), geometry=geometry)
-    parts: list[Floats] = [np.empty(0, dtype=np.float32)] * len(images)
-    for shape in dict.fromkeys(shapes):
-        chosen = [index for index, other in enumerate(shapes) if other == shape]
-        patches = patchify(np.stack([images[index] for index in chosen]), geometry=geometry)
-        for index, part in zip(chosen, np.split(patches, len(chosen)), strict=True):
-            parts[index] = part
-    return np.concatenate(parts)
+def _all_patches(images: Sequence[Pixels], *, geometry: ImageGeometry, values: int) -> Floats:
+    """Patchify pictures of any sizes, each into its place."""
+    per_token = geometry.merge**2
+    counts = [geometry.num_tokens(*image.shape[:2]) * per_token for image in images]
+    patches = np.empty((sum(counts), values), dtype=np.float32)
+    end = 0
+    for image, count in zip(images, counts, strict=True):
+        end += count
+        patchify(image[None], geometry=geometry, out=patches[end - count : end])
+    return patches
 
 
-def _noise(
-    samples: Sequence[CorruptedSample],
-    noise: Sequence[np.random.Generator],
-    *,
-    per_token: int,
-    values: int,
-) -> Floats:
-    """Draw unit-Gaussian patches for the hidden tokens, from each record's own generator."""
-    if len(noise) != len(samples):
+def _make_noise(pixels: Floats, rows: Sequence[Ints], noise: Sequence[np.random.Generator]) -> None:
+    """Put unit-Gaussian noise into the rows of each sample, from its record's own generator."""
+    if len(noise) != len(rows):
         raise ValueError(
-            f"visual tokens are hidden: expected a generator for each of {len(samples)} samples, "
+            f"visual tokens are hidden: expected a generator for each of {len(rows)} samples, "
             f"found {len(noise)}"
         )
-    drawn = []
-    for sample, draw in zip(samples, noise, strict=True):
-        count = sum(int(mask.sum()) for mask in sample.image_masks)
-        if count:
-            drawn.append(draw.standard_normal((count * per_token, values), dtype=np.float32))
-    return np.concatenate(drawn)
+    for hidden, draw in zip(rows, noise, strict=True):
+        if len(hidden):
+            values = gaussian(draw, len(hidden) * pixels.shape[1])
+            pixels[hidden] = values.reshape(len(hidden), -1)
+
+
+def gaussian(draw: np.random.Generator, count: int) -> Floats:
+    """Draw (count,) unit-Gaussian values of 2**16 levels: the medians of equally likely ranges.
+
+    Four values of each 64 bits, 2.4 ns a value; numpy's float32 takes 12. The largest is 4.3.
+    """
+    bits = draw.bit_generator.random_raw(-(-count // 4)).astype("<u8", copy=False)
+    values: Floats = _gaussian_levels()[bits.view("<u2")[:count]]
+    return values
+
+
+@lru_cache(maxsize=1)
+def _gaussian_levels() -> Floats:
+    """Return the levels in ascending order; mean 0, variance 1."""
+    inverse, half = NormalDist().inv_cdf, _LEVELS // 2
+    upper = np.array([inverse((level + 0.5) / _LEVELS) for level in range(half, _LEVELS)])
+    upper /= np.sqrt((upper**2).mean())
+    return np.concatenate([-upper[::-1], upper]).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 import hashlib
 from collections import OrderedDict
 
-import numpy as np
-
 from cocoa_dist.config import ImageConfig
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.images import Pixels, decode_image, resize_image, smart_size
@@ -30,7 +28,7 @@ class PictureCache:
             self._kept.move_to_end(key)
             return found
         decoded = decode_image(data, max_pixels=self._config.max_decoded_pixels)
-        picture = np.array(self.fit(decoded))
+        picture = self.fit(decoded)
         picture.setflags(write=False)
         self._kept[key] = picture
         self._num_bytes += picture.nbytes

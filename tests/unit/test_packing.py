@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cocoa_dist.data.corruption import CorruptedSample, corrupt, uncorrupted
 from cocoa_dist.data.packing import (
     EmbeddingInfo,
     build_pack,
+    gaussian,
     identity_number,
     length_bound,
     patchify,
@@ -196,6 +198,34 @@ def test_labels_are_the_clean_tokens_behind_their_rows_in_one_sample() -> None:
     assert np.array_equal(owner[rows], owner[rows + 1])
     assert np.array_equal(clean[rows + 1], batch.labels.numpy())
     assert (batch.input_ids.numpy()[rows + 1] == VOCABULARY.mask).all()
+
+
+def test_noise_is_gaussian_and_a_function_of_the_generator() -> None:
+    def draw(key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=key))
+
+    values = gaussian(draw(1), 400_001)
+    assert values.dtype == np.float32
+    assert values.shape == (400_001,)
+    assert np.array_equal(values[:1001], gaussian(draw(1), 1001))
+    assert not np.array_equal(values[:1001], gaussian(draw(2), 1001))
+    # Of 400,000 draws: standard errors are 0.0016, 0.0022 and 0.008.
+    assert abs(values.mean()) < 0.008
+    assert values.var() == pytest.approx(1.0, abs=0.011)
+    assert (values**4).mean() == pytest.approx(3.0, abs=0.04)
+    ordered = np.sort(values)[:: len(values) // 99][1:-1]  # percentiles against the normal's own
+    expected = [NormalDist().inv_cdf(share / 99) for share in range(1, 99)]
+    np.testing.assert_allclose(ordered[:98], expected, atol=0.03)
+    levels = np.unique(gaussian(draw(3), 4_000_000))
+    assert len(levels) == 2**16
+    np.testing.assert_array_equal(levels, -levels[::-1])
+
+
+def test_noise_goes_on_where_the_generator_is() -> None:
+    draw = np.random.Generator(np.random.Philox(key=5))
+    first, second = gaussian(draw, 8), gaussian(draw, 8)
+    both = gaussian(np.random.Generator(np.random.Philox(key=5)), 16)
+    np.testing.assert_array_equal(np.concatenate([first, second]), both)
 
 
 def test_hidden_visual_tokens_are_noise_and_their_targets_the_clean_pixels() -> None:
