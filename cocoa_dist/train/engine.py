@@ -376,10 +376,11 @@ class TrainEngine:
 def learning_rate_at(step: int, config: OptimizerConfig, *, total_steps: int) -> float:
     """Learning rate of optimizer step `step`: linear warm-up, then the schedule down to 0.
 
-    A pure function of the step, so a resume has no scheduler state to restore.
+    Step 0 is what was before the first one: no step, no rate. A pure function of the step, so a
+    resume has no scheduler state to restore.
     """
     if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+        return config.learning_rate * step / max(1, config.warmup_steps)
     if config.schedule == "constant":
         return config.learning_rate
     span = max(total_steps - config.warmup_steps, 1)

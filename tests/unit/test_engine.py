@@ -31,6 +31,12 @@ def test_linear_falls_evenly_and_cosine_falls_to_almost_nothing() -> None:
     assert cosine[-1] < 0.001
 
 
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_before_the_first_step_there_was_no_rate(warmup: int) -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup)
+    assert learning_rate_at(0, config, total_steps=8) == 0.0
+
+
 @pytest.mark.parametrize("path", sorted(DS_CONFIG_DIR.glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_ds_configs_hold_mechanics_only(path) -> None:
     joined = build_ds_config(read_ds_config(path.stem), max_grad_norm=0.5, dtype="bfloat16")
