@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,45 @@ def test_what_comes_out_can_be_trained_on(
     words = Vocabulary.load(TOKENIZER, settings.model)
     for (batch,) in read(settings, words, tmp_path / "blend", steps=2):
         assert batch.bad_records == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "recipe", "stage", "view"),
+    [
+        ("coma_dialogue", "debug_coma", "compression", "dialogue"),
+        ("cocoa_records", "debug", "eos_bridged_reconstruction", "bridged"),
+    ],
+)
+def test_two_steps_of_a_stage_train_on_it(
+    prompt: str,
+    recipe: str,
+    stage: str,
+    view: str,
+    tool: ModuleType,
+    pictures: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with serving(Model()) as address:
+        assert run(tool, out, pictures, address, "--tokenizer", TOKENIZER, prompt=prompt) == 0
+    changes = [
+        f"stages.{stage}.data.sources={{made: {{path: {out / 'shards'}}}}}",
+        f"stages.{stage}.data.view={view}",
+        f"stages.{stage}.batch_size=6",
+        *("data.max_text_tokens=256", "data.tokens_per_pack=2048"),
+    ]
+    command = ["-m", "cocoa_dist.train", recipe, *changes, "--stage", stage]
+    done = subprocess.run(
+        [sys.executable, *command, "--overfit-one-batch", "--steps", "2"],
+        cwd=TOOLS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    losses = [float(loss) for loss in re.findall(r"step [12]: \S+ (\d+\.\d+)", done.stdout)]
+    assert len(losses) == 2, done.stdout + done.stderr
+    assert 0.0 < losses[1] < losses[0]
 
 
 def test_a_first_look_and_then_all_of_it(
