@@ -34,10 +34,11 @@ from rich.table import Table
 from cocoa_dist.config import resolve_path
 from cocoa_dist.data.shards import remove_dataset
 from cocoa_dist.data.synthesis.assemble import SynthesisSource
-from cocoa_dist.data.synthesis.bill import Prices
-from cocoa_dist.data.synthesis.endpoint import endpoint_address
+from cocoa_dist.data.synthesis.bill import Bill, Prices
+from cocoa_dist.data.synthesis.endpoint import EndpointStopError, endpoint_address
 from cocoa_dist.data.synthesis.estimate import estimate
-from cocoa_dist.data.synthesis.pace import Patience
+from cocoa_dist.data.synthesis.journal import JOURNAL_NAME, read_bill
+from cocoa_dist.data.synthesis.pace import NothingWorksError, Patience
 from cocoa_dist.data.synthesis.pictures import open_source
 from cocoa_dist.data.synthesis.plan import Plan
 from cocoa_dist.data.synthesis.prompts import load_prompt, prompt_names
@@ -69,6 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("concurrency", 1), ("asks", 1), ("tries", 1), ("max_pixels", 784)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: expected {least} or more")
+    for name in ("requests_per_minute", "pause", "price_in", "price_out", "timeout"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name.replace('_', '-')}: expected 0 or more")
     if options.limit is not None and options.limit < 1:
         parser.error("--limit: expected 1 or more")
     if options.budget is not None and not (options.price_in or options.price_out):
@@ -236,11 +240,17 @@ def _note(now: Outcome, prices: Prices) -> str:
     )
 
 
+def save_bill(bill: Bill, options: argparse.Namespace) -> dict[str, Any]:
+    """Write OUT/bill.json, and return what it says."""
+    facts = bill.facts(_prices(options))
+    write_atomic(options.out / "bill.json", (json.dumps(facts, indent=1) + "\n").encode())
+    return facts
+
+
 def show(outcome: Outcome, options: argparse.Namespace, console: Console) -> None:
     """Write the bill, and print it with what became of the rows."""
     prices = _prices(options)
-    facts = outcome.bill.facts(prices)
-    write_atomic(options.out / "bill.json", (json.dumps(facts, indent=1) + "\n").encode())
+    facts = save_bill(outcome.bill, options)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("pictures done", f"{outcome.ended:,} of {outcome.rows:,}")
     if outcome.rejected:
@@ -337,7 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             show_dry(plan, source, options, console)
             return 0
-        outcome = ask(options, plan, source, console)
+        try:
+            outcome = ask(options, plan, source, console)
+        except (EndpointStopError, NothingWorksError):
+            save_bill(read_bill(options.out / JOURNAL_NAME), options)
+            raise
         show(outcome, options, console)
         if outcome.stopped:
             errors.print(f"stopped: {outcome.stopped}; the same command goes on")

@@ -1,5 +1,6 @@
 """The command that has training records written: no kill makes it lose or double anything."""
 
+import itertools
 import json
 import os
 import random
@@ -212,7 +213,21 @@ def test_bad_input_is_one_message_and_exit_2(
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("more", [["--budget", "3"], ["--concurrency", "0"], ["--body", "[]"]])
+def test_the_bill_is_there_when_the_money_runs_out(
+    tool: ModuleType, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model(faults=lambda number, body: "no money" if number >= 3 else None)
+    with serving(model) as address:
+        assert run(tool, tmp_path / "out", pictures, address, "--concurrency", 1) == 2
+    assert "there is no money left" in capsys.readouterr().err
+    bill = json.loads((tmp_path / "out" / "bill.json").read_text())
+    assert (bill["sendings"], bill["calls"]) == (4, 3)
+    assert bill["unconfirmed"] == 0
+
+
+@pytest.mark.parametrize(
+    "more", [["--budget", "3"], ["--concurrency", "0"], ["--body", "[]"], ["--pause", "-1"]]
+)
 def test_a_command_that_makes_no_sense_is_exit_2(
     more: list[str], tool: ModuleType, tmp_path: Path
 ) -> None:
@@ -222,13 +237,18 @@ def test_a_command_that_makes_no_sense_is_exit_2(
 
 
 def failing(seed: int) -> Any:
-    """Return faults of every kind for a third of the requests."""
+    """Return faults for a third of the requests, all kinds in turn."""
     draw = random.Random(seed)
-    kinds = ("429", "500", "cut", "slow", "reset", "503")
+    said = ("malformed", "wrong count")
+    kinds = ["429", "500", "cut", "slow", "reset", "503", *said]
+    draw.shuffle(kinds)
+    in_turn = itertools.cycle(kinds)
 
     def fault(number: int, body: dict[str, Any]) -> Fault:
-        said = ("malformed", "wrong count") * 3 if "response_format" in body else ()
-        return draw.choice([*kinds, *said]) if draw.random() < 0.3 else None
+        if draw.random() > 0.3:
+            return None
+        kind = next(in_turn)
+        return None if kind in said and "response_format" not in body else kind
 
     return fault
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cocoa_dist.data.synthesis.answers import Reply
 from cocoa_dist.data.synthesis.bill import Prices, tokens_of
-from cocoa_dist.data.synthesis.endpoint import Answered, Endpoint, Failed
+from cocoa_dist.data.synthesis.endpoint import Answered, Endpoint, EndpointStopError, Failed
 from cocoa_dist.data.synthesis.journal import Journal
 from cocoa_dist.data.synthesis.pace import Pace, Patience
 
@@ -141,6 +141,10 @@ class Caller:
             began = time.monotonic()
             try:
                 outcome = await self._endpoint.send(body, idempotency_key=request)
+            except EndpointStopError as error:
+                refusal = Failed("refused for good", str(error))
+                await self._journal.append(self._line(request, refusal, 0.0))
+                raise
             finally:
                 self.in_flight -= 1
             seconds = round(time.monotonic() - began, 3)
