@@ -168,6 +168,7 @@ class StepBatch:
     num_tokens: int
     fill_ratio: float  # tokens / (packs x budget)
     num_truncated: int  # texts that were cut
+    num_shrunk: int  # pictures that had more than data.image.max_pixels
     bad_records: tuple[BadRecord, ...]  # of this rank's part
     cpu_seconds: float  # CPU time it took to make, where a worker process made it
 

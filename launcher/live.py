@@ -224,6 +224,9 @@ def _facts(view: View, width: int, plain: bool) -> RenderableType:
         last = status.last_checkpoint
         age = duration(last.age_seconds)
         grid.add_row("checkpoint", Text(f"{last.stage}, step {last.step}, {age} old"))
+    if status.loader_restarts:
+        told = f"{status.loader_restarts} started again, see loader_deaths/"
+        grid.add_row("loaders", Text(told, style="yellow"))
     if status.quarantined:
         kinds = ", ".join(f"{count} {kind}" for kind, count in status.quarantined.items())
         grid.add_row("left out", Text(kinds, style="yellow"))

@@ -67,6 +67,7 @@ class Status:
     eta_seconds: float | None  # to the end of the run, if all steps take as long as the recent ones
     stages: tuple[StageStatus, ...]
     quarantined: dict[str, int]  # uses of records that could not be used, by kind
+    loader_restarts: int  # because a process of a loader had died
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for json.dumps."""
@@ -117,6 +118,7 @@ def read_status(
             for item in stages
         ),
         quarantined=count_quarantined(run_dir),
+        loader_restarts=count_loader_restarts(run_dir),
     )
 
 
@@ -127,6 +129,12 @@ def count_quarantined(run_dir: Path) -> dict[str, int]:
         with path.open("rb") as file:
             kinds.update(kind for line in file if (kind := _fault_kind(line)))
     return dict(kinds.most_common())
+
+
+def count_loader_restarts(run_dir: Path) -> int:
+    """Count how often ranks started their loader again; what ended its processes is told there."""
+    files = (run_dir / "loader_deaths").glob("*.jsonl")
+    return sum(path.read_bytes().count(b"\n") for path in files)
 
 
 def _fault_kind(line: bytes) -> str | None:

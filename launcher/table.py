@@ -56,6 +56,8 @@ def _facts(status: Status, *, run_dir: Path, job: JobStatus | None) -> Renderabl
     if status.eta_seconds is not None and status.state == "running":
         grid.add_row("time left", Text(f"about {duration(status.eta_seconds)}"))
     grid.add_row("quarantined", Text(_quarantined(status)))
+    if status.loader_restarts:
+        grid.add_row("loaders", Text(f"{status.loader_restarts} started again (loader_deaths/)"))
     grid.add_row("begun", Text(timestamp((run_dir / RESOLVED_NAME).stat().st_mtime)))
     return grid
 

@@ -444,13 +444,23 @@ DATA = Board(
                 },
             ),
             Panel(
-                "Texts that were cut, a sample",
-                "To data.max_text_tokens.",
+                "Texts cut and pictures shrunk, a sample",
+                "To data.max_text_tokens and data.image.max_pixels.",
                 "percentunit",
                 {
-                    "{{stage}}": "sum by (stage) "
-                    f"(rate(cocoa_data_truncated_texts_total{{{_RUN}}}{_RATE}))"
+                    f"{what}, {{{{stage}}}}": "sum by (stage) "
+                    f"(rate(cocoa_data_{name}_total{{{_RUN}}}{_RATE}))"
                     f" / sum by (stage) (rate(cocoa_train_samples_total{{{_RUN}}}{_RATE}))"
+                    for what, name in (("cut", "truncated_texts"), ("shrunk", "shrunk_pictures"))
+                },
+            ),
+            Panel(
+                "Loaders started again, an hour",
+                "A process of a loader had died; RUN/loader_deaths/ says which, and by what.",
+                "short",
+                {
+                    "{{stage}}": "sum by (stage) "
+                    f"(increase(cocoa_data_loader_restarts_total{{{_RUN}}}[1h]))"
                 },
             ),
         ),

@@ -86,7 +86,7 @@ class StepEncoder:
     ) -> StepBatch:
         """Build the part of `rank`. Never raises for what a record holds."""
         assignment = plan.step(step, world, num_nodes=self.num_nodes)
-        datasets = assignment.datasets
+        datasets, shrunk_before = assignment.datasets, self.settings.pictures.num_shrunk
         keys: list[str] = []
         bad: list[BadRecord] = []
         packs: list[PackedBatch] = []
@@ -110,6 +110,7 @@ class StepEncoder:
             num_tokens=num_tokens,
             fill_ratio=num_tokens / (len(packs) * plan.tokens_per_pack),
             num_truncated=truncated,
+            num_shrunk=self.settings.pictures.num_shrunk - shrunk_before,
             bad_records=tuple(bad),
             cpu_seconds=0.0,
         )

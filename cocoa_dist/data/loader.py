@@ -249,6 +249,7 @@ class StageLoader:
         self._steps: Iterator[StepBatch] | None = None
         self._expected = start_step
         self.worker_deaths = 0  # so far; each is logged
+        self._told: list[str] = []  # deaths that nobody has asked for yet
 
     def _new_loader(self) -> Any:
         in_process = self._dataset.worker_config.num_workers == 0
@@ -309,6 +310,7 @@ class StageLoader:
         if death is None:
             raise error
         self.worker_deaths += 1
+        self._told.append(str(death))
         end_at_once(workers)
         where = f"stage '{self._stage_name}', waiting for step {self._expected}: loader {death}"
         if attempt == MAX_DEATHS_IN_A_ROW:
@@ -320,6 +322,11 @@ class StageLoader:
         log.warning("%s; the workers are started again, nothing is lost", where)
         self._dataset.start_at(self._expected)
         self._loader, self._steps = self._new_loader(), None
+
+    def take_deaths(self) -> list[str]:
+        """Return what killed worker processes since the last call, in words."""
+        taken, self._told = self._told, []
+        return taken
 
     def state(self, next_step: int) -> dict[str, Any]:
         """Return what a checkpoint keeps; `next_step` is the first one not yet trained."""

@@ -17,7 +17,8 @@ class PictureCache:
     def __init__(self, *, config: ImageConfig, geometry: ImageGeometry) -> None:
         self._config = config
         self._geometry = geometry
-        self._kept: OrderedDict[bytes, Pixels] = OrderedDict()
+        self.num_shrunk = 0  # pictures asked for so far that had more than max_pixels
+        self._kept: OrderedDict[bytes, tuple[Pixels, bool]] = OrderedDict()
         self._num_bytes = 0
 
     def load(self, data: bytes) -> Pixels:
@@ -26,14 +27,17 @@ class PictureCache:
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
-            return found
+            self.num_shrunk += found[1]
+            return found[0]
         decoded = decode_image(data, max_pixels=self._config.max_decoded_pixels)
         picture = self.fit(decoded)
         picture.setflags(write=False)
-        self._kept[key] = picture
+        shrunk = decoded.shape[0] * decoded.shape[1] > self._config.max_pixels
+        self.num_shrunk += shrunk
+        self._kept[key] = picture, shrunk
         self._num_bytes += picture.nbytes
         while self._num_bytes > self._config.cache_bytes:
-            _, dropped = self._kept.popitem(last=False)
+            _, (dropped, _) = self._kept.popitem(last=False)
             self._num_bytes -= dropped.nbytes
         return picture
 

@@ -106,6 +106,20 @@ STEPS: tuple[Metric, ...] = (
         "Texts that were cut to data.max_text_tokens, all ranks.",
         record="truncated_texts",
     ),
+    counter(
+        "cocoa_data_shrunk_pictures_total",
+        Source.RANK_0,
+        "pictures",
+        "Pictures that had more than data.image.max_pixels, all ranks.",
+        record="shrunk_pictures",
+    ),
+    counter(
+        "cocoa_data_loader_restarts_total",
+        Source.RANK_0,
+        "restarts",
+        "Times a rank started its loader's processes again because one had died, all ranks.",
+        record="loader_restarts",
+    ),
 )
 
 CHECKPOINTS: tuple[Metric, ...] = (

@@ -94,6 +94,8 @@ class _Extras:
     bad_records: float
     cpu_seconds: float  # of the step before; an incarnation's last step rides on nothing
     truncated: float  # texts that were cut
+    shrunk: float  # pictures that had too many pixels
+    worker_deaths: float  # of loaders, since the step before
     flops: float  # of the model
     profile: float  # steps that rank 0 was asked to trace
     ranks: float  # one each
@@ -292,6 +294,8 @@ class StageRun:
             bad_records=len(batch.bad_records),
             cpu_seconds=self.step_cpu,
             truncated=batch.num_truncated,
+            shrunk=batch.num_shrunk,
+            worker_deaths=self._note_deaths(batch.step),
             flops=self.flops.of_packs(batch.packs) if self.flops else 0.0,
             profile=self.profiling.asked() if rank() == 0 else 0,
             ranks=1.0,
@@ -308,6 +312,19 @@ class StageRun:
         progress.productive_seconds += seconds
         progress.cpu_seconds += shared.cpu_seconds
         progress.parts = {"loss": stats.loss, **stats.parts}
+
+    def _note_deaths(self, step: int) -> int:
+        """Write down what killed this rank's loader processes since the step before; how many."""
+        deaths = self.loader.take_deaths()
+        if deaths:
+            name = f"{self.stage_name}.rank{rank()}.jsonl"
+            lines = JsonLines(self.run_dir / "loader_deaths" / name)
+            for death in deaths:
+                lines.append(
+                    {"stage": self.stage_name, "step": step, "time": time.time(), "what": death}
+                )
+            lines.close()
+        return len(deaths)
 
     def _quarantine(self, step: int, batch: StepBatch) -> None:
         for fault in batch.bad_records:
@@ -401,6 +418,8 @@ class StageRun:
             "model_flops": shared.flops,
             **self._utilisation(shared, seconds),
             "truncated_texts": round(shared.truncated),
+            "shrunk_pictures": round(shared.shrunk),
+            "loader_restarts": round(shared.worker_deaths),
             "skipped": bool(stats.skipped),
             "loss_deviations": above,  # robust sigmas above the median of the steps before
             "loss_spike": spike,

@@ -191,6 +191,19 @@ def leaves(now: At) -> None:
     loop.StageRun._one_step = stepping
 
 
+def loses_a_worker(now: At) -> None:
+    """A process of this rank's loader is killed before so many steps; the rank lives on."""
+    one_step = loop.StageRun._one_step
+
+    def stepping(self, step):
+        workers = getattr(self.loader._loader._iterator, "_workers", ())
+        now.action = lambda: os.kill(workers[0].pid, signal.SIGKILL)
+        now()
+        return one_step(self, step)
+
+    loop.StageRun._one_step = stepping
+
+
 def waits_before_rename(now: At) -> None:
     """Stand still before a commit, as a stopped process does, until a file says go on."""
     run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
@@ -215,7 +228,7 @@ _MOMENTS = {
     for moment in (
         *(in_copy, in_write, in_failing_write, in_write_of_weights, in_digest_gather),
         *(before_rename, after_rename, in_retention, in_hand_over, in_load),
-        *(in_cut_back, leaves, waits_before_rename),
+        *(in_cut_back, leaves, loses_a_worker, waits_before_rename),
     )
 }
 

@@ -19,7 +19,7 @@ from launcher.runfolder import Holder, prepare
 from launcher.status import read_status
 
 FIELDS = """run recipe state stage step target_step epoch restarts replayed_steps goodput
-seconds last_checkpoint eta_seconds stages quarantined job""".split()
+seconds last_checkpoint eta_seconds stages quarantined loader_restarts job""".split()
 
 
 @pytest.fixture
@@ -185,6 +185,17 @@ def test_the_table_shows_stages_and_quarantined_records(run_dir, capsys):
     counts = {"wrong checksum": 2, "text is empty": 1}
     assert read_status(run_dir).quarantined == counts
     assert "pending" in out
+
+
+def test_loaders_that_were_started_again_are_counted_over_ranks_and_stages(run_dir, capsys):
+    assert main(["status", str(run_dir)]) == 0
+    assert "loaders" not in capsys.readouterr().out
+    (run_dir / "loader_deaths").mkdir()
+    (run_dir / "loader_deaths" / "a.rank0.jsonl").write_text('{"what": "x"}\n{"what": "y"}\n')
+    (run_dir / "loader_deaths" / "b.rank1.jsonl").write_text('{"what": "z"}\n{"wh')  # torn
+    assert read_status(run_dir).loader_restarts == 3
+    assert main(["status", str(run_dir)]) == 0
+    assert "3 started again (loader_deaths/)" in capsys.readouterr().out
 
 
 def test_broken_lines_anywhere_are_skipped(run_dir):

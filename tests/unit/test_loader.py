@@ -444,6 +444,19 @@ def test_long_texts_are_counted(dataset: Path, vocabulary: Vocabulary, tmp_path:
     assert batch.num_truncated > 0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_above_the_limit_are_counted(
+    workers: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    """Those of `record` have 32 x 32 pixels; a second pass takes them from the cache."""
+    image = {"min_pixels": 256, "max_pixels": 512}
+    small = config({"a": dataset}, data={"image": image}, workers=workers)
+    for (batch,) in read(small, vocabulary, tmp_path, steps=4):
+        assert batch.num_shrunk == BATCH_SIZE
+    for (batch,) in read(config({"a": dataset}), vocabulary, tmp_path, steps=2):
+        assert batch.num_shrunk == 0
+
+
 def test_workers_outlive_the_signals_that_stop_a_rank(
     dataset: Path, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:

@@ -78,6 +78,9 @@ def test_a_loader_goes_on_after_a_worker_was_killed(
             found += [loader.next_step() for _ in range(STEPS - 2)]
         assert torch.equal(torch.get_rng_state(), state)
         assert loader.worker_deaths == 1
+        (told,) = loader.take_deaths()
+        assert told == f"process {before[which].pid} was ended by SIGKILL (often: out of memory)"
+        assert loader.take_deaths() == []
         assert not any(process.is_alive() for process in before)
     assert [summary([batch]) for batch in found] == expected
     (line,) = caplog.messages

@@ -52,6 +52,8 @@ RECORD = {
     "step_seconds": 0.7,
     "cpu_seconds": 1.5,
     "truncated_texts": 1,
+    "shrunk_pictures": 12,
+    "loader_restarts": 1,
     "skipped": True,
     "loss_deviations": None,
     "loss_spike": False,
