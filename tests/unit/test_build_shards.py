@@ -179,6 +179,38 @@ def test_a_key_that_occurs_twice_names_both_rows(one: int, two: int, tmp_path: P
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
+def test_a_duplicate_ends_the_build_when_its_shard_is_finished(tmp_path: Path) -> None:
+    """Shards of 16 rows: the third one shows it, and three more are never written."""
+    source = ListSource(keys={5: "same", 40: "same", 41: "other"}, bad=(), seen=tmp_path / "rows")
+    places = "in list row 5 and list row 40"
+    with pytest.raises(ValueError, match=rf"key 'same' occurs twice, {places}"):
+        run(source, tmp_path / "set", processes=1)
+    assert len((tmp_path / "rows").read_text().split()) == 48
+    with pytest.raises(ValueError, match=rf"key 'same' occurs twice, {places}"):
+        run(source, tmp_path / "set", processes=1)  # told at once, from the shards that are there
+    assert len((tmp_path / "rows").read_text().split()) == 48
+
+
+@pytest.mark.parametrize("kept", [0, 20, 1000])
+def test_a_duplicate_is_found_in_the_end_where_memory_did_not_hold_all_keys(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys.SeenKeys.__init__, "__kwdefaults__", {"hashes_kept": kept})
+    source = ListSource(keys={20: "same", 40: "same"}, bad=(), seen=tmp_path / "rows")
+    with pytest.raises(ValueError, match="in list row 20 and list row 40"):
+        run(source, tmp_path / "set", processes=1)
+    rows = len((tmp_path / "rows").read_text().split())
+    assert rows == (48 if kept == 1000 else NUM_ROWS)
+
+
+def test_keys_that_only_share_a_hash_are_no_duplicates_while_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cocoa_dist.data.writing.shard_file.key_hash", lambda key: len(key))
+    report = run(ListSource(), tmp_path / "set", processes=1)
+    assert report.info.count == NUM_ROWS - 3
+
+
 def test_duplicates_are_found_however_few_hashes_fit_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

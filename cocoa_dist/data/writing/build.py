@@ -32,9 +32,11 @@ from cocoa_dist.data.shard_format import (
 from cocoa_dist.data.writing.dataset import (
     check_batching,
     clear_leftovers,
+    duplicate_between,
     finish,
     prepare_folder,
 )
+from cocoa_dist.data.writing.keys import SeenKeys
 from cocoa_dist.data.writing.pool import Counts, Job, record_bytes, write_parts
 from cocoa_dist.data.writing.shard_file import Part, read_part
 from cocoa_dist.data.writing.source import Source
@@ -168,6 +170,7 @@ class _Progress:
         self._limit = max_rejected * len(job.source)
         self._kept_rows = self._kept_rejected = 0
         self._examples: list[str] = []
+        self._seen = SeenKeys(job.folder)
 
     def keep_whole_shards(self) -> None:
         """Take the shards that are whole, and list the others."""
@@ -183,8 +186,18 @@ class _Progress:
         self.add_counts(Counts())
 
     def add_part(self, part: Part) -> None:
-        """Take a finished shard. Raises ValueError past the limit of rejected rows."""
+        """Take a finished shard. Raises ValueError past the limit of rejected rows.
+
+        Also for a key that another shard has: the sooner it is known, the less is written for it.
+        """
         self.parts[part.shard] = part
+        twice = self._seen.add(part)
+        if twice is not None:
+            raise duplicate_between(
+                *(twice, self._job.folder, list(self.parts.values())),
+                records_per_shard=self._job.records_per_shard,
+                source=self._job.source,
+            )
         self.reasons.update(reason_kind(row["reason"]) for row in part.rejected)
         room = _REASONS_NAMED - len(self._examples)
         self._examples += [f"{row['where']}: {row['reason']}" for row in part.rejected[:room]]

@@ -30,7 +30,7 @@ from cocoa_dist.data.shard_format import (
     remove_build,
     shard_name,
 )
-from cocoa_dist.data.writing.keys import Place, find_duplicate
+from cocoa_dist.data.writing.keys import Duplicate, Place, find_duplicate
 from cocoa_dist.data.writing.shard_file import (
     CountTokens,
     DuplicateKeyError,
@@ -185,8 +185,21 @@ def _check_keys(
     destination: Path, parts: Sequence[Part], *, records_per_shard: int, source: Source | None
 ) -> None:
     found = find_duplicate(destination, parts)
-    if found is None:
-        return
+    if found is not None:
+        raise duplicate_between(
+            found, destination, parts, records_per_shard=records_per_shard, source=source
+        )
+
+
+def duplicate_between(
+    found: Duplicate,
+    destination: Path,
+    parts: Sequence[Part],
+    *,
+    records_per_shard: int,
+    source: Source | None,
+) -> ValueError:
+    """Return the error that names both places; `parts` are those that have records."""
 
     def name(place: Place) -> str:
         if source is None:
@@ -199,7 +212,7 @@ def _check_keys(
     places = f"{name(found.first)} and {name(found.second)}"
     if source is None:
         places = f"records {places}"
-    raise ValueError(f"key {found.key!r} occurs twice, in {places}: {_KEY_ADVICE}")
+    return ValueError(f"key {found.key!r} occurs twice, in {places}: {_KEY_ADVICE}")
 
 
 def _write_record_index(destination: Path, parts: Sequence[Part]) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cocoa_dist.data.shard_format import SCHEMA, shard_name
 from cocoa_dist.data.writing.shard_file import Part, open_part
 
 _HASHES_AT_A_TIME = 2**22  # 64 MiB with their places
+_HASHES_KEPT = 2**24  # 128 MiB: of larger data sets the rest is looked at in the end
 _ALL_HASHES = 2**64
 
 
@@ -49,6 +51,39 @@ def find_duplicate(
             if found is not None:
                 return found
     return None
+
+
+class SeenKeys:
+    """The key hashes of the shards written so far, as many as memory should hold.
+
+    A duplicate shows when its shard is finished, not when all are.
+    """
+
+    def __init__(self, folder: Path, *, hashes_kept: int = _HASHES_KEPT) -> None:
+        self._folder, self._left = folder, hashes_kept
+        self._runs: list[NDArray[np.uint64]] = []  # ascending each, the longest first
+        self._parts: list[Part] = []
+
+    def add(self, part: Part) -> Duplicate | None:
+        """Take a finished shard; return a key of it that an earlier one has, if there is one."""
+        if not part.num_records:
+            return None
+        with open_part(self._folder, part.shard) as table:
+            hashes = table.column("key_hash").to_numpy().copy()
+        self._parts.append(part)
+        for run in self._runs:
+            places = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            for value in hashes[run[places] == hashes].tolist():
+                for same in _same_hash(self._folder, self._parts, low=value, high=value):
+                    found = _same_key(self._folder, self._parts, same)
+                    if found is not None:
+                        return found
+        if self._left >= len(hashes):
+            self._left -= len(hashes)
+            while self._runs and len(self._runs[-1]) <= len(hashes):
+                hashes = np.sort(np.concatenate([self._runs.pop(), hashes]), kind="stable")
+            self._runs.append(hashes)
+        return None
 
 
 def _same_hash(
