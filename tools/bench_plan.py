@@ -144,7 +144,7 @@ def make_data_set(folder: Path, *, count: int) -> None:
         pa.array((number // per_shard).astype(np.int32)),
         pa.array(np.minimum(count - number * RECORDS_PER_BATCH, RECORDS_PER_BATCH).astype("i4")),
         pa.array(number % per_shard * size),
-        *([pa.array(np.full(batches, size))] * (len(BATCH_INDEX_SCHEMA) - 5)),
+        *([pa.array(np.full(batches, size))] * (len(BATCH_INDEX_SCHEMA) - 4)),
         pa.array(np.zeros(batches, dtype=np.uint32)),
     ]
     with pa.ipc.new_file(folder / BATCH_INDEX, BATCH_INDEX_SCHEMA) as writer:
