@@ -136,7 +136,7 @@ class Encoder:
         )
         self.model.eval()
         self._limit = self.model.get_max_seq_length()
-        self._last_token = self._pooled_token()
+        self._tail = self._pooled_tail()
 
     def encode(self, jobs: Sequence[Job]) -> Encoded:
         """Return the vectors of jobs of one kind. Raises ValueError naming the job."""
@@ -179,25 +179,35 @@ class Encoder:
             parts["text"] = job.text
         return parts
 
-    def _pooled_token(self) -> int | None:
-        """Return the token that every text ends on, if the model pools its last token."""
-        modes = [getattr(module, "pooling_mode", None) for module in self.model]
-        if "lasttoken" not in modes:
-            return None
-        ends = {_last_ids(self.model.preprocess([{"text": text}]))[0] for text in ("a", "7 b")}
-        return ends.pop() if len(ends) == 1 else None
+    def _pooled_tail(self) -> tuple[int, ...]:
+        """Return the tokens that end every input and are pooled; none if all of it is pooled.
+
+        The last one for last-token pooling; what all inputs share for tokens that weigh more.
+        """
+        last = any(getattr(module, "pooling_mode", None) == "lasttoken" for module in self.model)
+        weighed = any(hasattr(module, "word_weights") for module in self.model)
+        if not last and not weighed:
+            return ()
+        probes = [self.model.preprocess([{"text": text}]) for text in ("a", "7 b")]
+        first, second = (_rows_of_ids(probe)[0][::-1] for probe in probes)
+        shared = []
+        for one, other in zip(first, second, strict=False):
+            if one != other:
+                break
+            shared.append(one)
+        return tuple(reversed(shared if weighed else shared[:1]))
 
     def _check_tokens(
         self, features: dict[str, Any], inputs: Sequence[dict[str, Any]], jobs: Sequence[Job]
     ) -> tuple[bool, ...]:
         """Return which texts were cut. Raises ValueError if the pooled token was cut with them."""
-        if self._last_token is not None:
-            for job, last in zip(jobs, _last_ids(features), strict=True):
-                if last != self._last_token:
+        if self._tail:
+            for job, ids in zip(jobs, _rows_of_ids(features), strict=True):
+                if tuple(ids[-len(self._tail) :]) != self._tail:
                     raise ValueError(
-                        f"{job.where}: the text ends on token {last}, not on {self._last_token} "
-                        "that the model pools: it was cut; raise the tokenizer's "
-                        "model_max_length, or leave the item out"
+                        f"{job.where}: the text ends on tokens {ids[-len(self._tail) :]}, not on "
+                        f"{list(self._tail)} that the model pools: it was cut; raise the "
+                        "tokenizer's model_max_length, or leave the item out"
                     )
         lengths = features["attention_mask"].sum(dim=1).tolist()
         return tuple(
@@ -212,12 +222,10 @@ class Encoder:
         return int(longer["attention_mask"].sum()) > length
 
 
-def _last_ids(features: dict[str, Any]) -> list[int]:
-    """Return the last token of each row that is no padding, whichever side the padding is on."""
-    ids_NT, mask_NT = features["input_ids"].numpy(), features["attention_mask"].numpy()
-    last_N = mask_NT.shape[1] - 1 - mask_NT[:, ::-1].argmax(axis=1)
-    found: list[int] = np.take_along_axis(ids_NT, last_N[:, None], axis=1)[:, 0].tolist()
-    return found
+def _rows_of_ids(features: dict[str, Any]) -> list[list[int]]:
+    """Return the tokens of each row without padding, whichever side the padding is on."""
+    ids_NT, mask_NT = features["input_ids"].numpy(), features["attention_mask"].numpy() > 0
+    return [row[kept].tolist() for row, kept in zip(ids_NT, mask_NT, strict=True)]
 
 
 def _work(

@@ -431,6 +431,21 @@ def test_a_text_whose_pooled_token_would_be_cut_is_refused(data, copied):
         encoder.encode([long])
 
 
+def test_all_tokens_that_a_model_pools_must_be_there(tmp_path):
+    bridge = ("<|mask|>", "<|im_end|>")
+    folder = tiny_export(tmp_path / "compressed", bridge=bridge)
+    encoder = Encoder(folder, device="cpu")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in vocabulary}
+    assert encoder._tail == tuple(ids[token] for token in bridge)
+    jobs = [Job(b"", text, None, "set 'S' row 0") for text in ("cat", " ".join(WORDS * 20))]
+    assert encoder.encode(jobs).truncated == (False, True)
+    features = encoder.model.preprocess([{"text": "cat"}])
+    features["input_ids"][0, -2] = 9
+    with pytest.raises(ValueError, match=r"ends on tokens \[9, \d+\], not on"):
+        encoder._check_tokens(features, [{"text": "cat"}], jobs[:1])
+
+
 def test_a_model_that_fails_its_self_test_is_refused(data, copied):
     entries = json.loads((copied / "selftest.json").read_text())
     entries[0]["vector"] = entries[0]["vector"][::-1]

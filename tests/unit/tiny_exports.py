@@ -14,9 +14,15 @@ MAX_TEXT_TOKENS = 48
 
 
 def tiny_export(
-    destination: Path, *, change: Callable[[torch.nn.Module], None] | None = None
+    destination: Path,
+    *,
+    change: Callable[[torch.nn.Module], None] | None = None,
+    bridge: tuple[str, ...] = (),
 ) -> Path:
-    """Export the debug recipe's model before training, with random weights; `change` alters it."""
+    """Export the debug recipe's model before training, with random weights; `change` alters it.
+
+    With `bridge` those tokens end every input and alone are pooled; the self-test is then wrong.
+    """
     config = load_recipe("debug")
     embedder = load_embedder(config, run_dir=None, after_stage="model")
     if change is not None:
@@ -34,7 +40,8 @@ def tiny_export(
             max_pixels=image.max_pixels,
         ),
         bidirectional=True,
-        pooling=embedder.stage.pooling,
+        pooling="compression" if bridge else embedder.stage.pooling,
+        bridge=bridge,
         prompts={},
         card=CardInfo(
             name="tiny",
