@@ -18,7 +18,11 @@ from cocoa_dist.config import load_recipe  # noqa: E402
 from launcher.plan.estimate import Estimate, estimate  # noqa: E402
 from launcher.plan.hardware import CARDS, GIB, Cluster  # noqa: E402
 
-RECIPES = ("cocoa_qwen2_vl_2b", "cocoa_qwen2_5_vl_3b", "cocoa_qwen2_5_vl_7b")
+RECIPES = (
+    *("cocoa_qwen2_vl_2b", "cocoa_qwen2_5_vl_3b", "cocoa_qwen2_5_vl_7b"),
+    *("moca_qwen2_5_vl_3b", "moca_qwen2_5_vl_7b", "coma_qwen2_5_vl_3b", "coma_qwen2_5_vl_7b"),
+    *("contrastive_qwen2_vl_2b", "contrastive_qwen2_5_vl_3b", "contrastive_qwen2_5_vl_7b"),
+)
 NUMBERS = (1, 8, 64, 1024)
 CARD = "h200"
 TEXT_TOKENS = 128
@@ -78,10 +82,10 @@ def page() -> Iterator[str]:
         for gpus in NUMBERS:
             found[gpus], stretched = _estimate(recipe, gpus)
             yield _row(found[gpus], mark="*" if stretched else "")
-        yield ""
+        yield f"\nAssumed: {found[NUMBERS[0]].assumptions[0]}.\n"
     yield "## Assumed\n"
     for gpus in NUMBERS:
-        yield f"- {gpus:,} cards: {'; '.join(found[gpus].assumptions)}"
+        yield f"- {gpus:,} cards: {'; '.join(found[gpus].assumptions[1:])}"
     yield ""
     yield TAIL
 

@@ -34,7 +34,7 @@ class Workload:
         picture = self.image_tokens + 2 if self.image_tokens else 0
         if view == "pair":
             return ((picture + self.text_tokens, 0), (self.text_tokens, 0))
-        if view == "bridged":
+        if view in ("bridged", "dialogue", "questions"):
             return ((picture + self.text_tokens, self.text_tokens),)
         if view == "language":
             return ((self.text_tokens, 0),)
@@ -100,7 +100,8 @@ def stage_cost(
     """Work out one stage. `resident`: every card keeps all weights gathered."""
     stage = config.stages[name]
     spans = workload.spans(stage.data.view)
-    tokens = stage.batch_size * sum(before + 1 + behind for before, behind in spans)
+    bridge = shape.bridge_tokens
+    tokens = stage.batch_size * sum(before + bridge + behind for before, behind in spans)
     per_card = tokens / cluster.gpus
     packs = max(1, -(-int(per_card) // config.data.tokens_per_pack))
     forward = forward_flops(stage, shape=shape, workload=workload)
@@ -134,8 +135,9 @@ def stage_cost(
 def forward_flops(stage: StageConfig, *, shape: ModelShape, workload: Workload) -> Flops:
     """Forward FLOPs of one record of a stage."""
     text, spans = shape.text, workload.spans(stage.data.view)
-    tokens = sum(before + 1 + behind for before, behind in spans)
-    area = sum(_visible_area(stage, before, behind) for before, behind in spans)
+    bridge = shape.bridge_tokens
+    tokens = sum(before + bridge + behind for before, behind in spans)
+    area = sum(_visible_area(stage, before, behind, bridge=bridge) for before, behind in spans)
     language = _text_flops(text, tokens, area, layers=text.layers)
     head = 0.0
     objective = stage.objective
@@ -274,9 +276,9 @@ def _text_flops(text: TextShape, tokens: int, area: float, *, layers: int) -> fl
     return layers * (linear + 4.0 * text.heads * text.head_width * area)
 
 
-def _visible_area(stage: StageConfig, before: int, behind: int) -> float:
-    """Visible (row, key) pairs of one sample: context, one bridge token, target."""
-    context, length = before + 1, before + 1 + behind
+def _visible_area(stage: StageConfig, before: int, behind: int, *, bridge: int = 1) -> float:
+    """Visible (row, key) pairs of one sample: context, bridge, target."""
+    context, length = before + bridge, before + bridge + behind
     rule = stage.attention.rule
     if rule == "causal":
         return length * (length + 1) / 2
@@ -284,9 +286,9 @@ def _visible_area(stage: StageConfig, before: int, behind: int) -> float:
         return float(length) ** 2
     inside = behind * (behind + 1) / 2 if stage.attention.target_causal else float(behind) ** 2
     if rule == "compression":
-        return context * (context + 1) / 2 + behind + behind * (behind + 1) / 2
-    bridge = length if stage.attention.bridge_sees_target else context
-    return before * context + bridge + behind + inside
+        return context * (context + 1) / 2 + bridge * behind + behind * (behind + 1) / 2
+    seen = length if stage.attention.bridge_sees_target else context
+    return before * context + bridge * seen + bridge * behind + inside
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,10 @@ def _caches_gradients(stage: StageConfig, packs: int) -> bool:
 
 
 def _extra(stage: StageConfig, shape: ModelShape) -> int:
-    """Parameters a stage has beside the backbone's: the patch decoder."""
-    objective = stage.objective
-    rebuilds = isinstance(objective, ReconstructionConfig) and objective.image_mask_ratio > 0
-    return shape.decoder_parameters if rebuilds else 0
+    """Parameters a stage has beside the backbone's: patch decoder, learnt tokens, learnt mask."""
+    objective, learnt = stage.objective, shape.learnt_tokens
+    if not isinstance(objective, ReconstructionConfig):
+        return learnt * shape.text.width
+    learnt += objective.mask_replacement == "learned"
+    decoder = shape.decoder_parameters if objective.image_mask_ratio > 0 else 0
+    return decoder + learnt * shape.text.width

@@ -127,10 +127,12 @@ class ModelShape:
     name: str
     text: TextShape
     vision: VisionShape
+    learnt_tokens: int = 0  # with embeddings of their own, no rows of the vocabulary
+    bridge_tokens: int = 1
 
     @property
     def parameters(self) -> int:
-        """All parameters, tied ones once."""
+        """All parameters of the backbone, tied ones once."""
         return self.text.parameters + self.vision.parameters
 
     @property
@@ -194,11 +196,19 @@ PUBLISHED: Mapping[str, ModelShape] = {
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """Return the shape of a recipe's backbone.
+    """Return the shape of a recipe's model.
 
     Looks into its folder; where there is none, among the published sizes. Raises ValueError with
     the known names if neither says anything.
     """
+    return replace(
+        _backbone_shape(config),
+        learnt_tokens=config.num_learnt_tokens,
+        bridge_tokens=config.compression_tokens or config.num_bridge_tokens,
+    )
+
+
+def _backbone_shape(config: ModelConfig) -> ModelShape:
     if config.random is not None:
         return _random_shape(config.random)
     folder = resolve_path(str(config.path))
