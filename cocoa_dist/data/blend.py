@@ -23,6 +23,7 @@ from cocoa_dist.config import (
     resolve_path,
 )
 from cocoa_dist.data.energon_leaf import plain_path
+from cocoa_dist.data.revision import check_origin
 from cocoa_dist.data.shards import ShardReader
 from cocoa_dist.data.store import absolute
 from cocoa_dist.manifest import write_atomic
@@ -33,7 +34,8 @@ log = logging.getLogger("cocoa_dist.data")
 def blend_file(data: StageDataConfig, stage_name: str, folder: Path) -> Path:
     """Return the metadataset of a stage; `folder` receives one that says the same.
 
-    Every rank writes the same bytes. Raises ValueError for a data set that is not there.
+    Every rank writes the same bytes. Raises ValueError for a data set that is not there, or whose
+    hard negatives were mined from another revision of its data.
     """
     written = _write(data, stage_name, folder)
     given = data.metadataset
@@ -100,7 +102,11 @@ def _write(data: StageDataConfig, stage_name: str, folder: Path) -> Path:
     blend = []
     for name, source in data.blend.items():
         path = absolute(resolve_path(source.path))
-        ShardReader(path).close()  # names what is missing; energon would only say "invalid dataset"
+        reader = ShardReader(
+            path
+        )  # names what is missing; energon would only say "invalid dataset"
+        reader.close()
+        check_origin(reader.info, path)
         blend.append({"path": path, "weight": source.weight, "subflavors": {NAME_KEY: name}})
     content = {
         "__module__": "megatron.energon",
