@@ -4,14 +4,17 @@ The plan has to know lengths before anything is read. For a small data set its r
 large one the index does, and the bounds lie in a file that all processes of a machine share.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +28,7 @@ PictureCost = Callable[[tuple[int, int]], tuple[int, int]]  # (height, width) ->
 
 BOUNDS_VERSION = 1  # a change that gives any record another bound raises it
 TWO_TEXTS = ("bridged", "dialogue", "questions")  # views with a limit for context and for target
+_ABANDONED_SECONDS = 3600.0  # a writer touches its file every second
 _CHUNK = 2**20  # records worked on at once
 
 
@@ -95,6 +99,7 @@ def mapped_bounds(
     note, file = folder / f"bounds-{name}.json", folder / f"bounds-{name}.npy"
     if not (note.is_file() and file.is_file()):
         log.info("working out the lengths of %d records, once", count)
+        _collect(folder)
         _make(file, note, count=count, part=part)
     values = np.load(file, mmap_mode="r")
     first, second = json.loads(note.read_text())["largest"]
@@ -106,21 +111,52 @@ def _make(
 ) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(file)
-    try:
-        values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(2, count))
-        largest, most = [0, 0], [-1, -1]
-        for begin in range(0, count, _CHUNK):
-            end = min(begin + _CHUNK, count)
-            for unit, bounds in enumerate(part(begin, end)):
-                values[unit, begin:end] = bounds
-                top = int(bounds.argmax())
-                if bounds[top] > most[unit]:
-                    largest[unit], most[unit] = begin + top, int(bounds[top])
-        values.flush()
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.open("wb") as held:  # locked while somebody is at work on it
+        _lock(held)
+        try:
+            largest = _write(temporary, count=count, part=part)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
     write_atomic(note, json.dumps({"count": count, "largest": largest}).encode())
+
+
+def _write(
+    temporary: Path, *, count: int, part: Callable[[int, int], tuple[Ints, Ints]]
+) -> list[int]:
+    """Write the bounds of all records; return which records are the largest."""
+    values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(2, count))
+    largest, most = [0, 0], [-1, -1]
+    for begin in range(0, count, _CHUNK):
+        end = min(begin + _CHUNK, count)
+        for unit, bounds in enumerate(part(begin, end)):
+            values[unit, begin:end] = bounds
+            top = int(bounds.argmax())
+            if bounds[top] > most[unit]:
+                largest[unit], most[unit] = begin + top, int(bounds[top])
+    values.flush()
+    return largest
+
+
+def _collect(folder: Path) -> None:
+    """Remove what killed processes left behind: nobody holds it, nor has touched it for long.
+
+    Both are asked, as not every file system knows the locks of other machines; where locks cannot
+    be had at all, nothing is removed. Never raises for what another process does meanwhile.
+    """
+    for leftover in folder.glob(".bounds-*.tmp"):
+        with contextlib.suppress(OSError), leftover.open("r+b") as file:
+            if time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS and _lock(file):
+                leftover.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False if somebody else has, or if there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _picture_sums(columns: IndexColumns, picture_cost: PictureCost) -> tuple[Ints, Ints]:

@@ -1,6 +1,12 @@
 """Lengths of all records from the index alone: the same as one by one, made once, then mapped."""
 
+import fcntl
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,3 +109,48 @@ def test_work_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     ones = np.ones(COUNT, dtype=np.int32)
     found = mapped_bounds(tmp_path, count=COUNT, key="k", part=lambda b, e: (ones[b:e], ones[b:e]))
     assert found.tokens.sum() == COUNT
+
+
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "rb") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_collected_and_nothing_else(tmp_path: Path) -> None:
+    old = time.time() - 7200.0
+    names = ("dead", "working", "young", "held elsewhere")
+    files = {name: tmp_path / f".bounds-{n}.npy.1.ab.tmp" for n, name in enumerate(names)}
+    other = tmp_path / ".other.npy.1.ab.tmp"
+    for file in (*files.values(), other):
+        file.write_bytes(b"half")
+        os.utime(file, (old, old))
+    os.utime(files["young"])
+    command = [sys.executable, "-c", HOLDER, str(files["held elsewhere"])]
+    ones = np.ones(COUNT, dtype=np.int32)
+
+    def part(begin: int, end: int) -> tuple[Any, Any]:
+        os.utime(mine := next(f for f in tmp_path.glob(".bounds-*") if f not in known), (old, old))
+        mapped_bounds(tmp_path, count=COUNT, key="another process", part=quick)
+        assert mine.exists()
+        return quick(begin, end)
+
+    def quick(begin: int, end: int) -> tuple[Any, Any]:
+        return ones[begin:end], ones[begin:end]
+
+    known = set(files.values())
+    with (
+        files["working"].open("rb") as held,
+        subprocess.Popen(command, stdout=subprocess.PIPE) as holder,
+    ):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        mapped_bounds(tmp_path, count=COUNT, key="k", part=part)
+        holder.kill()
+    left = {name for name, file in files.items() if file.exists()}
+    assert left == {"working", "young", "held elsewhere"}
+    assert other.exists()
