@@ -280,8 +280,9 @@ def _process(
     try:
         for count in _work(work, folder, settings, rank=rank):
             reports.put(count)
-            if os.getppid() != parent:
-                return  # nobody is there to ask for more; what is made is kept
+            if os.getppid() != parent:  # nobody is there to ask for more; what is made is kept
+                reports.cancel_join_thread()
+                return
         reports.put(None)
     except ValueError as error:
         reports.put(str(error))

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -509,6 +512,40 @@ def test_any_number_of_processes_gives_the_same_result(data, model, tmp_path):
     for name in ("VOC2007", "OVEN"):
         files = {(tmp_path / f"vectors{n}" / f"{name}.npz").read_bytes() for n in (1, 2, 3)}
         assert len(files) == 1
+
+
+@pytest.mark.slow
+def test_killed_while_it_embeds_it_goes_on_and_writes_the_same_bytes(model, tmp_path):
+    rows = []
+    for row in range(60):
+        texts = [f"{WORDS[i % 10]} {row} {i} " + " ".join(WORDS) for i in range(25)]
+        rows.append({"qry_text": f"which {row}", "qry_img_path": "", "tgt_text": texts})
+        rows[-1]["tgt_img_path"] = [""] * 25
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "GQA.jsonl", rows)
+    command = [sys.executable, ROOT / "tools/evaluate_mmeb.py", "--data", tmp_path / "data"]
+    command += ["--model", model, "--batch-size", "2", "--json", "--sets", "GQA"]
+    cached = [*command, "--nproc", "2", "--cache", tmp_path / "cache"]
+    process = subprocess.Popen(cached, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        files = [*(tmp_path / "cache").rglob("*.vectors")] if (tmp_path / "cache").exists() else []
+        if sum(file.stat().st_size for file in files) > 20_000:
+            process.kill()
+            break
+        time.sleep(0.05)
+    assert process.wait(timeout=30) == -9
+    for name, whole in (("one", cached), ("two", [*command, "--cache", "none"])):
+        done = subprocess.run(
+            [*whole, "--save-embeddings", tmp_path / name],
+            capture_output=True,
+            timeout=240,
+            check=True,
+        )
+        (tmp_path / f"{name}.json").write_bytes(done.stdout)
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    saved = [(tmp_path / name / "GQA.npz").read_bytes() for name in ("one", "two")]
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.slow
