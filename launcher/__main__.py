@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cocoa_dist.config import ConfigError
 from launcher.plan import command as plan
+from launcher.process import process_began
 from launcher.slurm.commands import JOB_COMMANDS, add_job_commands, run_job_command
 
 USAGE_CODE = 2
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
 
     try:
         if options.command == "run":
-            return _run(options, trainer=trainer)
+            began = process_began() if argv is None else None
+            return _run(options, trainer=trainer, began=began)
         if options.command == "status":
             return _status(options)
         if options.command == "top":
@@ -80,7 +82,9 @@ def main(argv: Sequence[str] | None = None, *, trainer: tuple[str, ...] | None =
         return _fail(f"{type(error).__name__}: {error}", code=1)
 
 
-def _run(options: argparse.Namespace, *, trainer: tuple[str, ...] | None) -> int:
+def _run(
+    options: argparse.Namespace, *, trainer: tuple[str, ...] | None, began: float | None
+) -> int:
     from rich.console import Console
 
     from launcher.run import RunRequest, run
@@ -90,6 +94,7 @@ def _run(options: argparse.Namespace, *, trainer: tuple[str, ...] | None) -> int
         overrides=tuple(options.overrides),
         run_dir=options.run_dir,
         until=options.until,
+        began=began,
     )
     if options.backend == "slurm":
         from launcher.slurm.in_job import run_in_job

@@ -193,7 +193,7 @@ class _Walk:
 
     def _between(self, end: float, *, own: bool) -> None:
         """Walk to `end` without ranks; `own`: the launcher before is at work, if no other is."""
-        began = [launch for launch in self.diary.launches if self._cursor < launch <= end]
+        began = [launch for launch in self.diary.launches if self._cursor <= launch <= end]
         if began:
             self._to(max(began), "queue")
             own = True

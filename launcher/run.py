@@ -45,7 +45,8 @@ class RunRequest:
     overrides: tuple[str, ...]
     run_dir: Path
     until: str | None = None  # stage after which to leave, with 0
-    submitted_at: float | None = None  # seconds since 1970; None: when `run` was called
+    began: float | None = None  # when the launcher was started, in seconds since 1970; None: now
+    submitted_at: float | None = None  # in seconds since 1970; None: when it was started
 
 
 def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
@@ -54,7 +55,7 @@ def run(request: RunRequest, *, console: Console, backend: Backend) -> int:
     Raises ConfigError, RunFolderError or BadInputError for what the caller has to change; unless
     it was a rank that found it, nothing has been written then.
     """
-    began = time.time()
+    began = time.time() if request.began is None else request.began
     config = load_recipe(request.recipe, request.overrides)
     if request.until is not None and request.until not in config.stages:
         raise BadInputError(

@@ -1,6 +1,9 @@
 """The ledger of runs whose clocks, launchers and files did not do what they should."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,24 @@ def test_what_a_launcher_does_before_its_ranks_is_start(story):
     story.start(130)
     story.end(140, "stopped")
     assert spent(story.ledger(140)) == {"queue": 260 + 90, "start": 40 + 10 + 30 + 10}
+
+
+def test_looking_at_the_inputs_of_a_new_run_is_start(story):
+    """A run by hand is submitted when its launcher starts."""
+    story._append("events.jsonl", {"kind": "submitted", "time": START - 20})
+    story.launch(-20)
+    story.start(0)
+    story.end(10, "stopped")
+    assert spent(story.ledger(10)) == {"start": 30}
+
+
+def test_the_launchers_own_imports_are_start():
+    before = time.time()
+    script = "from launcher.process import process_began as p; import time; print(p(), time.time())"
+    command = [sys.executable, "-c", f"import time; time.sleep(1); {script}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    began, now = map(float, done.stdout.split())
+    assert before - 0.1 < began < now - 1.0
 
 
 def test_a_launcher_at_work_again_is_start_even_before_its_ranks(story):
