@@ -12,6 +12,7 @@ from ledger_story import START, Story, spent, train
 
 from cocoa_dist.events import Diary, Events
 from launcher.history import clock_steps
+from launcher.slurm.scheduler import parse_job, submitted_at
 
 
 @pytest.fixture
@@ -126,6 +127,22 @@ def test_looking_at_the_inputs_of_a_new_run_is_start(story):
     story.start(0)
     story.end(10, "stopped")
     assert spent(story.ledger(10)) == {"start": 30}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("JobId=7 JobState=RUNNING SubmitTime=2026-11-21T19:36:39 EligibleTime=x", 19),
+        ("JobId=7 JobState=RUNNING SubmitTime=Unknown", None),
+        ("JobId=7 JobState=RUNNING", None),
+        (None, None),
+    ],
+)
+def test_slurms_time_of_submission_is_local_time(monkeypatch, line, expected):
+    known = None if line is None else parse_job(line)
+    monkeypatch.setattr("launcher.slurm.scheduler.show_job", lambda job: known)
+    found = submitted_at("7")
+    assert (None if found is None else time.localtime(found).tm_hour) == expected
 
 
 def test_the_launchers_own_imports_are_start():
