@@ -46,6 +46,14 @@ def dialogues(number: int) -> dict[str, Any]:
     return {"image": f"{number}.png", "conversations": spoken}
 
 
+def dialogues_of_words(number: int) -> dict[str, Any]:
+    return {"conversations": dialogues(number)["conversations"]}
+
+
+def words_alone(number: int) -> dict[str, Any]:
+    return {"text": f"said {number} and no more", "images": []}
+
+
 CASES = {
     "captions, caption": (captions, "captions", "caption"),
     "captions, bridged": (captions, "captions", "bridged"),
@@ -61,6 +69,15 @@ CASES = {
     "pictures, bridged": (captions, "pictures", "bridged"),
     "dialogues, bridged": (dialogues, "dialogues", "bridged"),
     "dialogues, caption": (dialogues, "dialogues", "caption"),
+    "dialogues, dialogue": (dialogues, "dialogues", "dialogue"),
+    "dialogues without pictures, dialogue": (dialogues_of_words, "dialogues", "dialogue"),
+    "dialogues, interleaved": (dialogues, "dialogues", "interleaved"),
+    "captions, questions": (captions, "captions", "questions"),
+    "captions, interleaved": (captions, "captions", "interleaved"),
+    "mmeb, interleaved": (mmeb, "mmeb", "interleaved"),
+    "mmeb pictures, interleaved": (mmeb_of_pictures, "mmeb", "interleaved"),
+    "interleaved, interleaved": (interleaved, "interleaved", "interleaved"),
+    "words alone, interleaved": (words_alone, "interleaved", "interleaved"),
 }
 
 
