@@ -24,7 +24,8 @@ _NAMES = {"eos_bridged_reconstruction": "EOS-bridged reconstruction"}
 _TERMS = {
     "text": "hidden words: cross-entropy, nats each",
     "image": "hidden pixels: squared error, normalised units",
-    "contrastive": "InfoNCE, nats a query",
+    "contrastive": "own target among all candidates, nats a query",
+    "distillation": "from a teacher's scores, nats a query",
 }
 _CUTOFFS = ("r1", "r5", "r10")
 

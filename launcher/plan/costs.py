@@ -12,6 +12,7 @@ from cocoa_dist.config import (
     ReconstructionConfig,
     RunConfig,
     StageConfig,
+    StageDataConfig,
 )
 from launcher.plan.hardware import GIB, Cluster
 from launcher.plan.shapes import ModelShape, TextShape, VisionShape
@@ -29,11 +30,16 @@ class Workload:
     text_tokens: int  # of one text
     image_tokens: int  # visual tokens of one picture
 
-    def spans(self, view: str) -> tuple[tuple[int, int], ...]:
-        """Return the samples of a record as (tokens before the bridge, tokens behind it)."""
+    def spans(self, data: StageDataConfig) -> tuple[tuple[int, int], ...]:
+        """Return the samples of a record as (tokens before the bridge, tokens behind it).
+
+        Hard negatives are taken for texts, as targets are.
+        """
+        view = data.view
         picture = self.image_tokens + 2 if self.image_tokens else 0
         if view == "pair":
-            return ((picture + self.text_tokens, 0), (self.text_tokens, 0))
+            targets = ((self.text_tokens, 0),) * (1 + data.negatives)
+            return ((picture + self.text_tokens, 0), *targets)
         if view in ("bridged", "dialogue", "questions"):
             return ((picture + self.text_tokens, self.text_tokens),)
         if view == "language":
@@ -99,7 +105,7 @@ def stage_cost(
 ) -> StageCost:
     """Work out one stage. `resident`: every card keeps all weights gathered."""
     stage = config.stages[name]
-    spans = workload.spans(stage.data.view)
+    spans = workload.spans(stage.data)
     bridge = shape.bridge_tokens
     tokens = stage.batch_size * sum(before + bridge + behind for before, behind in spans)
     per_card = tokens / cluster.gpus
@@ -134,7 +140,7 @@ def stage_cost(
 
 def forward_flops(stage: StageConfig, *, shape: ModelShape, workload: Workload) -> Flops:
     """Forward FLOPs of one record of a stage."""
-    text, spans = shape.text, workload.spans(stage.data.view)
+    text, spans = shape.text, workload.spans(stage.data)
     bridge = shape.bridge_tokens
     tokens = sum(before + bridge + behind for before, behind in spans)
     area = sum(_visible_area(stage, before, behind, bridge=bridge) for before, behind in spans)

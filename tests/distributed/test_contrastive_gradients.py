@@ -21,10 +21,8 @@ def option(**fields: object) -> list[str]:
 
 
 OPTIONS = {
-    "plain": option(symmetric="false"),
     "symmetric": [],
     "negatives": [NEGATIVES],
-    "negatives, drawn": [NEGATIVES, f"{STAGE}.data.negatives_choice=draw"],
     "matryoshka": option(matryoshka="[8, 16, 32]", matryoshka_weights="[1, 1, 2]"),
     "learnable": option(learnable_temperature="true"),
     "sigmoid": option(loss="sigmoid", symmetric="false", bias=-2.0),

@@ -61,6 +61,17 @@ def test_more_cards_take_less_memory_and_time_each():
     assert many.interval_seconds < few.interval_seconds
 
 
+def test_hard_negatives_cost_tokens_and_time():
+    def contrastive(*overrides):
+        return found("moca_qwen2_5_vl_3b", overrides=overrides).stages[-1]
+
+    none = contrastive("stages.contrastive.data.negatives=0")
+    three = contrastive("stages.contrastive.data.negatives=3")
+    batch = load_recipe("moca_qwen2_5_vl_3b").stages["contrastive"].batch_size
+    assert three.tokens_per_step - none.tokens_per_step == batch * 3 * (128 + 1)
+    assert three.compute_seconds > none.compute_seconds
+
+
 def test_a_slow_network_costs_more_where_weights_are_gathered():
     def seconds(gbit: float) -> float:
         partitioned = ["engine.resident_parameters=false"]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from pair_records import pair_record, write_pairs
 
-from cocoa_dist.config import ASSET_DIR
+from cocoa_dist.config import StageDataConfig
+from cocoa_dist.data.blend import blend_file
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.revision import check_origin
 from cocoa_dist.data.shards import ShardReader
@@ -205,10 +206,12 @@ def test_negatives_of_another_revision_are_refused(data, vectors, tmp_path) -> N
     shutil.rmtree(data)
     check_origin(info, "out")  # gone: it says nothing
     write_pairs(data, changed)
-    with pytest.raises(
-        ValueError, match=r"out: its hard negatives were mined from revision .*again"
-    ):
+    words = r"out: its hard negatives were mined from revision .* mine them again"
+    with pytest.raises(ValueError, match=words):
         check_origin(info, "out")
+    tree = {"view": "pair", "sources": {"a": {"path": str(tmp_path / "out")}}, "negatives": 2}
+    with pytest.raises(ValueError, match=words):
+        blend_file(StageDataConfig.model_validate(tree), "contrastive", tmp_path / "blend")
 
 
 @pytest.fixture(scope="module")
@@ -277,4 +280,3 @@ def test_the_help_names_the_options(tool, capsys) -> None:
     said = capsys.readouterr().out
     for word in ("--vectors", "--margin", "data.negatives=4", "goes on"):
         assert word in said
-    assert ASSET_DIR.is_dir()
