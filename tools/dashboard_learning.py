@@ -53,7 +53,7 @@ LEARNING = Board(
         "Groups of parameters": (
             Panel(
                 "Gradient norm by group",
-                "Their squares add up to the gradient's. In steps that are logged.",
+                "Their squares add up to the gradient's. Every metrics.measure_every_steps.",
                 "short",
                 {
                     "{{stage}} {{group}}": "max by (stage, group) "

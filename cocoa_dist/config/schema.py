@@ -327,7 +327,8 @@ class WandbConfig(Strict):
 class MetricsConfig(Strict):
     """What is printed, and who gets to see it: Prometheus (exporter.py) and others (sinks.py)."""
 
-    log_every_steps: Positive = 20  # groups of parameters are measured as often
+    log_every_steps: Positive = 20
+    measure_every_steps: Positive = 20  # norms and updates of groups of parameters, GPU memory
     tensorboard: bool = False  # event files in tensorboard/ of the run folder
     wandb: WandbConfig | None = None
     exporter: bool = True  # an endpoint for Prometheus in every rank and the launcher

@@ -39,7 +39,7 @@ EVERY_RANK: tuple[Metric, ...] = (
         "cocoa_gpu_memory_bytes",
         Source.EVERY_RANK,
         "bytes",
-        "Memory of this rank's GPU as torch keeps it, in steps that are logged; none on a CPU.",
+        "Memory of this rank's GPU as torch keeps it, now and then; none on a CPU.",
         labels={"kind": 3},
         needs_gpu=True,
     ),

@@ -273,12 +273,12 @@ class StageRun:
         return self.engine.peer_wait_seconds
 
     def _trace(self, step: int, shared: _Extras) -> None:
-        """End a trace, plan one that was asked for; the GPU's memory in steps that are logged."""
+        """End a trace, plan one that was asked for; the GPU's memory now and then."""
         self.watchdog.beat(f"after step {step}")
         self.profiling.end(step)
         if shared.profile:
             self.profiling.plan(step + 1, round(shared.profile), is_request=True)
-        if step % self.config.metrics.log_every_steps == 0 or step == 1:
+        if step % self.config.metrics.measure_every_steps == 0 or step == 1:
             memory = gpu_memory(self.engine.device)
             if memory is not None:
                 self.monitor.gpu(memory.by_kind, retries=memory.retries)

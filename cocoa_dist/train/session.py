@@ -218,7 +218,7 @@ def build_engine(config: RunConfig, stage_name: str, parts: StageParts) -> Train
         dtype=config.model.dtype,
         settings=config.engine,
         grad_cache=getattr(stage.objective, "grad_cache", None),
-        measure_every=config.metrics.log_every_steps,
+        measure_every=config.metrics.measure_every_steps,
     )
 
 

@@ -73,19 +73,16 @@ def parameter_slices(deepspeed: Any, module: nn.Module) -> tuple[ParameterSlice,
 
 
 def gradient_slices(deepspeed: Any, module: nn.Module) -> dict[str, Tensor]:
-    """Return the gradient of each slice of this rank, flat, after the backward pass; live views."""
+    """Return the gradient of each slice of this rank, flat, after the backward pass; live views.
+
+    What pads the last rank's slices is zero.
+    """
     zero = deepspeed.optimizer
-    found = {}
-    parameter: Any  # DeepSpeed has added attributes
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        _, _, length = zero.grad_position[zero.get_param_id(parameter)]
-        numel = int(parameter.ds_numel)
-        start = min(zero._get_param_partition_rank(parameter) * length, numel)
-        gradient, _ = zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
-        found[name] = gradient.flatten()[: min(start + length, numel) - start]
-    return found
+    return {
+        name: zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def counters(deepspeed: Any) -> Counters:

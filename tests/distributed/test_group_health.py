@@ -22,7 +22,7 @@ def job(stage: str, engine: str, *overrides: str, name: str = "") -> dict[str, o
         "name": f"{stage} {engine}{name}",
         "recipe": "debug",
         "stage": stage,
-        "overrides": ["data.tokens_per_pack=160", "metrics.log_every_steps=1", *overrides],
+        "overrides": ["data.tokens_per_pack=160", "metrics.measure_every_steps=1", *overrides],
         "steps": STEPS,
         "engine": engine,
     }
@@ -32,7 +32,7 @@ def job(stage: str, engine: str, *overrides: str, name: str = "") -> dict[str, o
 def runs(tmp_path_factory):
     jobs = [job(stage, engine) for stage in STAGES for engine in ENGINES]
     jobs += [job("contrastive", engine, ADAPTER, name=" adapter") for engine in ENGINES]
-    seldom = f"metrics.log_every_steps={10 * STEPS}"
+    seldom = f"metrics.measure_every_steps={10 * STEPS}"
     jobs += [job("contrastive", engine, seldom, name=" seldom") for engine in ENGINES]
     folder = tmp_path_factory.mktemp("health")
     return launch(jobs, world_size=2, folder=folder, worker=WORKER)

@@ -22,7 +22,7 @@ def run(folder, case: str, *more: str):
     stage, overrides = CASES[case]
     short = [f"stages.{name}.steps=5" for name in (stage,)]
     settings = [f"stages.{stage}.adapter={o}" if o == DROPOUT else o for o in overrides]
-    return start(folder, stage, *short, *settings, SETS, *more)
+    return start(folder, stage, *short, *settings, SETS, "metrics.measure_every_steps=2", *more)
 
 
 @pytest.mark.slow
