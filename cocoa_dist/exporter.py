@@ -14,7 +14,7 @@ import os
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -72,6 +72,7 @@ class Values:
         self._histograms: dict[str, _Histogram] = {}
         self._told: set[str] = set()
         self._lock = threading.Lock()
+        self._later: dict[str, Callable[[], None]] = {}
 
     def set(self, name: str, value: float, /, **labels: str) -> None:
         """Replace a value. A counter that is read from files is set, too."""
@@ -99,13 +100,30 @@ class Values:
         for value in among:
             self.set(name, float(value == chosen), **{label: value})
 
+    def later(self, subject: str, update: Callable[[], None]) -> None:
+        """Keep an update until somebody asks; a later one of the same subject takes its place.
+
+        For gauges of every step: steps are many, scrapes are few.
+        """
+        self._later[subject] = update
+
+    def _catch_up(self) -> None:
+        while self._later:
+            try:
+                _, update = self._later.popitem()
+            except KeyError:  # another thread has just done it
+                return
+            update()
+
     def get(self, name: str, /, **labels: str) -> float | None:
         """Return a value; None if it was never set."""
+        self._catch_up()
         with self._lock:
             return self._numbers.get(name, {}).get(_key(labels))
 
     def collect(self) -> Iterator[Family]:
         """Yield all metrics, as prometheus_client asks for them at a scrape."""
+        self._catch_up()
         with self._lock:
             numbers = {name: dict(values) for name, values in self._numbers.items()}
             counts = {n: (h.cumulative(), h.total) for n, h in self._histograms.items()}

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,33 +115,48 @@ class Monitor:
         values.add("cocoa_train_phase_seconds_total", waited, phase="data_wait")
         values.add("cocoa_train_peer_wait_seconds_total", peer_wait)
         values.set("cocoa_train_last_step_timestamp_seconds", time.time())
-        values.set("cocoa_train_median_step_seconds", statistics.median(self._recent))
         values.set("cocoa_train_stepping", 1.0)
+        values.later("median", partial(self._export_median, tuple(self._recent)))
         if bad_records:
             values.add("cocoa_data_bad_records_total", bad_records)
         self._write(lambda events: events.step(step, seconds=seconds, waited=waited))
 
     def record(self, fields: Mapping[str, Any], *, samples: int, tokens: int) -> None:
         """Export the step's line of metrics.jsonl (rank 0); totals are of the stage so far."""
-        self.values.set("cocoa_train_consumed_samples", samples)
-        self.values.set("cocoa_train_consumed_tokens", tokens)
-        for name, field in _FIELDS.items():
+        for name, field in _ADDED.items():
             value = fields.get(field)
             if value is not None:
                 self._take(name, float(value))
-            elif METRICS[name].kind is Kind.GAUGE and not METRICS[name].needs_gpu:
-                self.values.set(name, math.nan)
-        for field, value in fields.items():
-            family, slash, member = field.partition("/")
-            if slash and f"{family}/" in _FAMILIES:
-                name, label = _FAMILIES[f"{family}/"]
-                self.values.set(name, _number(value), **{label: member})
-        if "loss" in fields:
-            self.values.set("cocoa_train_loss", _number(fields["loss"]), name="loss")
-
+        families = {name: value for name, value in fields.items() if "/" in name}
+        rare = {name: v for name, v in families.items() if not name.startswith("loss/")}
+        if rare:  # not in every record: the next one must not hide them
+            self._export_families(rare)
+        self.values.later("record", partial(self._export_record, fields, samples, tokens))
         self.sinks.write(fields)
         if fields.get("step", 0) % self.config.checkpoint.every_steps == 0:
             self.sinks.flush()  # the step is saved next: none behind it is lost with the process
+
+    def _export_record(self, fields: Mapping[str, Any], samples: int, tokens: int) -> None:
+        """Export what is replaced by the next record."""
+        self.values.set("cocoa_train_consumed_samples", samples)
+        self.values.set("cocoa_train_consumed_tokens", tokens)
+        for name, field in _REPLACED.items():
+            value = fields.get(field)
+            if value is not None or not METRICS[name].needs_gpu:
+                self.values.set(name, _number(value))
+        self._export_families({name: v for name, v in fields.items() if name.startswith("loss/")})
+        if "loss" in fields:
+            self.values.set("cocoa_train_loss", _number(fields["loss"]), name="loss")
+
+    def _export_families(self, fields: Mapping[str, Any]) -> None:
+        for field, value in fields.items():
+            family, _, member = field.partition("/")
+            if f"{family}/" in _FAMILIES:
+                name, label = _FAMILIES[f"{family}/"]
+                self.values.set(name, _number(value), **{label: member})
+
+    def _export_median(self, recent: tuple[float, ...]) -> None:
+        self.values.set("cocoa_train_median_step_seconds", statistics.median(recent))
 
     def gpu(self, by_kind: Mapping[str, int], *, retries: int) -> None:
         """Say what this rank holds of its GPU's memory, in bytes."""
@@ -228,10 +244,8 @@ class Monitor:
         kind = METRICS[name].kind
         if kind is Kind.COUNTER:
             self.values.add(name, value)
-        elif kind is Kind.HISTOGRAM:
-            self.values.observe(name, value)
         else:
-            self.values.set(name, value)
+            self.values.observe(name, value)
 
     def _write(self, write: Callable[[Events], None]) -> None:
         """Write to the diary; a disk that is full costs the diary, not the run."""
@@ -256,6 +270,8 @@ _FIELDS = {
     for metric in METRICS.values()
     if metric.record is not None and not metric.labels
 }
+_REPLACED = {n: field for n, field in _FIELDS.items() if METRICS[n].kind is Kind.GAUGE}
+_ADDED = {n: field for n, field in _FIELDS.items() if METRICS[n].kind is not Kind.GAUGE}
 _FAMILIES = {  # of fields: what is before the slash, to a metric and its label
     f"{metric.record.rstrip('/')}/": (metric.name, next(iter(metric.labels)))
     for metric in METRICS.values()

@@ -310,7 +310,7 @@ def table(rows: Sequence[Row], *, pairs: int, steps: int) -> str:
         f"python {platform.python_version()}, {libraries}. Made by "
         "`python tools/bench_metrics.py`.\n",
         f"| stage | step without | {' | '.join(parts)} | in all | share | difference |",
-        f"| --- | {'---: | ' * (len(parts) + 4)}",
+        f"| --- |{' ---: |' * (len(parts) + 4)}",
     ]
     for row in rows:
         inside = " | ".join(f"{row.inside.get(part, 0.0):.3f}" for part in parts)

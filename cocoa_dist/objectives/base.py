@@ -25,26 +25,27 @@ class Measures:
     def __init__(self, *names: str) -> None:
         """`names`, in the order of `take`; the same on all ranks."""
         self.names = names
-        self._sums: dict[str, Tensor] = {}
+        self._sums: list[tuple[str, Tensor]] = []
         self._host = dict.fromkeys(names, 0.0)
 
     def add(self, **sums: Tensor | float) -> None:
         """Add scalars; nothing waits for a device here."""
         for name, value in sums.items():
-            if not isinstance(value, Tensor):
+            if isinstance(value, Tensor):
+                self._sums.append((name, value.detach()))
+            else:
                 self._host[name] += value
-                continue
-            known = self._sums.get(name)
-            value = value.detach().double()
-            self._sums[name] = value if known is None else known + value
 
     def take(self) -> list[float]:
         """Return the sums since the last call, 0 for what was not added; waits for the device."""
         sums, found = self._sums, self._host
-        self._sums, self._host = {}, dict.fromkeys(self.names, 0.0)
+        self._sums, self._host = [], dict.fromkeys(self.names, 0.0)
+        kinds = dict.fromkeys(value.dtype for _, value in sums)  # each is exact as float64
+        sums = [one for kind in kinds for one in sums if one[1].dtype == kind]
         if sums:
-            values = torch.stack(list(sums.values())).tolist()
-            for name, value in zip(sums, values, strict=True):
+            stacks = [torch.stack([v for _, v in sums if v.dtype == kind]) for kind in kinds]
+            values = torch.cat([stack.double() for stack in stacks]).tolist()
+            for (name, _), value in zip(sums, values, strict=True):
                 found[name] += value
         return list(found.values())
 

@@ -32,6 +32,7 @@ class Profiling:
     ) -> None:
         self.run_dir, self.stage, self.device = run_dir, stage, device
         self.rank, self.world_size = rank, world_size
+        self._request = str(run_dir / PROFILE_REQUEST)
         self._first, self._count, self._last = 0, 0, 0
         self._profiler: Any = None
         self._is_request = False
@@ -45,7 +46,7 @@ class Profiling:
 
         While steps are traced or planned the request waits.
         """
-        if self._count or not (self.run_dir / PROFILE_REQUEST).exists():
+        if self._count or not os.path.exists(self._request):
             return 0
         try:
             request = json.loads((self.run_dir / PROFILE_REQUEST).read_text(encoding="utf-8"))

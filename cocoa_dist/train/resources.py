@@ -88,13 +88,12 @@ class StepFlops:
 
     def of_packs(self, packs: Sequence[PackedBatch]) -> float:
         """Return the FLOPs of this rank's packs."""
-        visual = sum(len(pack.image_rows) for pack in packs)
-        return (
-            self.token * sum(pack.num_tokens for pack in packs)
-            + (self.visual_token + self.patch * self.patches_a_token) * visual
-            + self.label * sum(len(pack.labels) for pack in packs)
-            + self.hidden * sum(len(pack.patch_rows) for pack in packs)
-        )
+        total = 0.0
+        for pack in packs:
+            total += self.token * pack.num_tokens + self.label * len(pack.labels)
+            total += (self.visual_token + self.patch * self.patches_a_token) * len(pack.image_rows)
+            total += self.hidden * len(pack.patch_rows)
+        return total
 
 
 def _kind(name: str) -> str:
