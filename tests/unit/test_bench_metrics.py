@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-import bench_metrics as bench
+import bench_metrics as bench  # noqa: E402
 
 
 def burn(seconds: float) -> None:
