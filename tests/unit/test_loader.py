@@ -207,7 +207,8 @@ def test_content_does_not_depend_on_the_world_size(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than a machine has cores
 def test_content_does_not_depend_on_worker_processes(
     workers: int, world_size: int, dataset: Path, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
