@@ -69,7 +69,7 @@ def main() -> int:
         make_data_set(Path(folder) / "data", count=arguments.records)
         first, again = (in_process(Path(folder), "--worker") for _ in range(2))
     result = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[2]:.0f}",
         "arguments": {
             name: getattr(arguments, name)
             for name in (
