@@ -59,16 +59,17 @@ class ShardBatch:
 
     __slots__ = (
         "_counts",
+        "_crc32",
         "_data",
         "_header_data",
         "_headers",
+        "_intact",
         "_limit",
         "_meta",
         "_meta_data",
         "_offsets",
         "_pictures",
         "first_picture",
-        "is_intact",
         "is_whole",
         "name",
         "num_bytes",
@@ -93,11 +94,18 @@ class ShardBatch:
         self._counts = view[counts : counts + 4 * (rows + 1)].cast("i")
         self._offsets = view[offsets : offsets + (self._pictures - offsets) // 8 * 8].cast("q")
         self.is_whole = len(data) >= self._pictures + self._limit  # pictures included
-        self.is_intact = crc32(view[: self._pictures]) == place.head_crc32
+        self._crc32 = place.head_crc32
+        self._intact: bool | None = None  # not looked at yet
         self.name = name
         self.first_picture = offset + place.picture_data  # in the file
         self.num_bytes = len(data)
         self.reads = 0  # of pictures one by one
+
+    def is_intact(self) -> bool:
+        """Whether headers and offsets are those that were written; looks at all, once."""
+        if self._intact is None:
+            self._intact = crc32(memoryview(self._data)[: self._pictures]) == self._crc32
+        return self._intact
 
     def header(self, row: int) -> bytes:
         """Return the header of a record. Raises ValueError if its place makes no sense."""

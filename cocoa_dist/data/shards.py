@@ -141,7 +141,7 @@ class ShardReader:
         """
         _, batch_number, row = self._rows[number]
         batch = self._state.batches.get(batch_number) or self._batch(batch_number)
-        if not batch.is_intact:
+        if not batch.is_intact():
             raise self._damaged(number, "the headers of its batch are not those written")
         return trusted_record(batch.header(row), None)
 

@@ -172,3 +172,23 @@ def test_what_a_client_raises_is_an_oserror_with_the_address(
     monkeypatch.setattr(store, "_new_client", lambda url: (Client(), "folder"))
     with pytest.raises(OSError, match="msc://p/folder/a: RuntimeError: slow down"):
         MscStore("msc://p/folder").read("a")
+
+
+def test_the_kernel_is_asked_to_read_ahead_what_it_has_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(5000))
+    local = LocalStore(tmp_path)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *where: asked.append(where[:2]))
+    local.expect("a", offset=10, length=4000)  # just written
+    assert asked == []
+
+    def wait(*_: object) -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "preadv", wait)
+    local.expect("a", offset=10, length=4000)
+    assert asked == [(10, 4000)]
+    local.expect("nowhere", offset=0, length=1)  # whoever reads it will say so
+    local.close()
