@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from data_arms import ARMS, BATCH, LIBRARIES, Energon, Raw, without_torchvision  # noqa: E402
+from data_arms import ARMS, BATCH, LIBRARIES, OWN, Energon, Raw, without_torchvision  # noqa: E402
 
 RANDOM_READS = 400
 ENCODED = 160  # records of the way to the end
@@ -138,7 +138,7 @@ def whole_way(name: str, folder: Path, count: int) -> dict[str, Any]:
     tokens = sum(recipe(islice(ARMS[name](folder).sequential(), records), folder))
     spent = time.process_time() - began
     found |= {"plain_tokens": tokens / spent, "plain_records": records / spent}
-    if name == "ours":
+    if name in OWN:
         loader = stage_loader(folder, start_step=1, limit=records)
         began = time.process_time()
         tokens = sum(loader.next_step().num_tokens for _ in range(records // BATCH))
@@ -151,7 +151,7 @@ def whole_way(name: str, folder: Path, count: int) -> dict[str, Any]:
 def until_first_batch(name: str, folder: Path, start: int) -> float:
     """Return wall seconds to BATCH encoded records from `start` of a shuffled pass."""
     began = time.perf_counter()
-    if name == "ours":
+    if name in OWN:
         loader = stage_loader(folder, start_step=1 + start // BATCH)
         loader.next_step()
         loader.close()
