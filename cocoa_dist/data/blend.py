@@ -24,7 +24,7 @@ from cocoa_dist.config import (
 )
 from cocoa_dist.data.energon_leaf import plain_path
 from cocoa_dist.data.revision import check_origin
-from cocoa_dist.data.shards import ShardReader
+from cocoa_dist.data.shards import check_dataset
 from cocoa_dist.data.store import absolute
 from cocoa_dist.manifest import write_atomic
 
@@ -102,11 +102,8 @@ def _write(data: StageDataConfig, stage_name: str, folder: Path) -> Path:
     blend = []
     for name, source in data.blend.items():
         path = absolute(resolve_path(source.path))
-        reader = ShardReader(
-            path
-        )  # names what is missing; energon would only say "invalid dataset"
-        reader.close()
-        check_origin(reader.info, path)
+        info = check_dataset(path)  # names what is missing; energon would say "invalid dataset"
+        check_origin(info, path)
         blend.append({"path": path, "weight": source.weight, "subflavors": {NAME_KEY: name}})
     content = {
         "__module__": "megatron.energon",

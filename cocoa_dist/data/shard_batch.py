@@ -40,7 +40,7 @@ def find_places(message: pa.Buffer, schema: pa.Schema) -> BatchPlace:
     end = message.size
     end = place(picture_data)
     begin = place(header_offsets)
-    count = len(batch.column("images").flatten())
+    count = len(batch.column("images").values)
     return BatchPlace(
         header_offsets=begin,
         header_data=place(header_data),

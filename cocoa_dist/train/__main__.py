@@ -100,7 +100,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
 def _check_inputs(config: RunConfig) -> int:
     """Look at everything the recipe names on disk, without torch; 0 if all is there."""
     from cocoa_dist.data.revision import check_origin
-    from cocoa_dist.data.shards import ShardReader
+    from cocoa_dist.data.shards import check_dataset
     from cocoa_dist.inputs import check_model_folder, tokenizer_folder
     from cocoa_dist.train.ds_config import build_ds_config, read_ds_config
 
@@ -111,9 +111,7 @@ def _check_inputs(config: RunConfig) -> int:
     build_ds_config(mechanics, max_grad_norm=1.0, dtype=config.model.dtype)
     sources = [source for stage in config.stages.values() for source in stage.data.blend.values()]
     for path in sorted({s.path for s in [*sources, *config.evaluation.sets.values()]}):
-        reader = ShardReader(resolve_path(path))
-        reader.close()
-        check_origin(reader.info, path)
+        check_origin(check_dataset(resolve_path(path)), path)
     return 0
 
 

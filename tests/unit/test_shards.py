@@ -21,7 +21,14 @@ import pytest
 from cocoa_dist.data import shards
 from cocoa_dist.data.records import Record, from_row, image_part, record_crc32, text_part
 from cocoa_dist.data.shard_format import SCHEMA
-from cocoa_dist.data.shards import Location, ShardReader, remove_dataset, verify, write_shards
+from cocoa_dist.data.shards import (
+    Location,
+    ShardReader,
+    check_dataset,
+    remove_dataset,
+    verify,
+    write_shards,
+)
 from cocoa_dist.data.store import LocalStore
 from cocoa_dist.data.writing import dataset
 
@@ -484,6 +491,22 @@ def test_a_store_that_is_far_is_asked_once_for_a_batch(
         batch.num_bytes for batch in reader._state.batches.values()
     )
     reader.close()
+
+
+def test_a_check_leaves_the_index_of_a_far_store_to_the_reader(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalStore, "is_far", True)
+    read: list[str] = []
+    original = LocalStore.read
+    monkeypatch.setattr(
+        LocalStore, "read", lambda store, name: read.append(name) or original(store, name)
+    )
+    assert check_dataset(copy).count == NUM_RECORDS
+    assert read == ["manifest.json"]
+    (copy / "shard-00001.arrow").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.arrow: found no file"):
+        check_dataset(copy)
 
 
 def test_an_outline_is_the_record_without_its_pictures(written: Path) -> None:
