@@ -168,7 +168,7 @@ class OneBadRow:
             for rank, packs in enumerate(loader.plan.step(step, WORLD).ranks):
                 for slot in (slot for pack in packs for slot in pack):
                     keys: list[str] = []
-                    draft = encoder._encode_pack((slot,), source, keys=keys, bad=[])
+                    draft = encoder._encode_pack((slot,), lambda _: source, keys=keys, bad=[])
                     for token in {*np.concatenate([s.input_ids for s in draft.samples]).tolist()}:
                         found.setdefault(token, []).append((step, rank, keys[0]))
         loader.close()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from dashboard_board import expressions
 from dashboard_panels import BOARDS
 
-# No number until many steps are known, or before a contrastive stage.
+# No number until many steps are known, before a contrastive stage, or without the option.
 MAY_BE_NAN = (
     "cocoa_train_loss_deviations",
     "cocoa_train_alignment",
@@ -22,6 +22,9 @@ MAY_BE_NAN = (
     "cocoa_train_false_negative_ratio",
     "cocoa_train_temperature",
     "cocoa_train_token_similarity",
+    "cocoa_train_missing_negative_ratio",
+    "cocoa_train_hidden_negative_ratio",
+    "cocoa_train_similarity_bias",
 )
 ON_GPUS = [metric.name for metric in METRICS.values() if metric.needs_gpu]
 
