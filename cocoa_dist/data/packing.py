@@ -216,7 +216,7 @@ def length_bound(
     if record is not None:
         query = pictures(record.query)
         sides = [pictures(side) for side in record.positives or (record.target,)]
-        target = max(sides, key=lambda cost: cost[1])
+        target = max(cost[0] for cost in sides), max(cost[1] for cost in sides)
     if view != "pair":
         tokens, patches = query if query[1] or record is None else target
         if view in TWO_TEXTS:
@@ -230,6 +230,7 @@ def length_bound(
         more = settings.negatives * (min(most, limit) + len(vocabulary.bridge_ids))
         return query[0] + both + ends + more, query[1]
     texts = record.positives or (record.target,)
+    text = max(text, _text_length(record.query, vocabulary, limit))  # joined, texts may take more
     longest = max(_text_length(side, vocabulary, limit) for side in texts)
     tokens = query[0] + target[0] + min(text + instruction, limit) + longest + ends
     costly = [

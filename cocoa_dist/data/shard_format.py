@@ -52,7 +52,8 @@ RECORD_INDEX_SCHEMA = pa.schema(
         ("row", pa.int32()),  # in its batch
         ("crc32", pa.uint32()),
         ("num_text_tokens", pa.int32()),  # see count_text_tokens
-        ("image_heights", pa.list_(pa.int32())),  # pixels, upright; UNREADABLE if broken
+        # Pixels, upright; UNREADABLE if broken; then again of what is used again
+        ("image_heights", pa.list_(pa.int32())),
         ("image_widths", pa.list_(pa.int32())),
     ]
 )

@@ -163,6 +163,7 @@ class ShardReader:
         """Return (height, width) in pixels of the pictures of a record, from the index alone.
 
         (0, 0) stands for a picture whose header could not be read when the data set was written.
+        Behind them stands again each that samples use once more, such as a query's in a negative.
         """
         self._check_number(number)
         heights, widths = (

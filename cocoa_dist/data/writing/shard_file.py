@@ -72,15 +72,36 @@ def key_hash(key: str) -> int:
 def count_text_tokens(record: Record, *, count_tokens: CountTokens) -> int:
     """Return the largest number of text tokens that one sample made from `record` can hold.
 
-    That is query and whole target in one sequence, or one positive or negative on its own.
-    Every text is counted for itself; special tokens are not counted.
+    That is query, whole target and keywords that it does not list in one sequence, or one positive
+    or negative on its own. Every text is counted for itself; special tokens are not counted.
     """
 
     def count_side(side: Side) -> int:
         return sum(count_tokens(text) for text in side_texts(side))
 
+    together = count_side(record.query) + count_side(record.target)
+    keywords = record.meta.get("keywords")
+    if isinstance(keywords, list) and keywords:  # others are refused where they are read
+        listed = ", ".join(map(str, keywords))
+        if listed not in " ".join(side_texts(record.target)):
+            together += count_tokens(f": {listed}") + 1  # another may come first, without a space
     alone = [count_side(side) for side in (*record.positives, *record.negatives)]
-    return max(count_side(record.query) + count_side(record.target), *alone, 0)
+    return max(together, *alone, 0)
+
+
+def indexed_sizes(record: Record) -> list[tuple[int, int]]:
+    """Return what the index says of a record's pictures: (height, width) of each, in pixels.
+
+    Behind them stands again every picture that samples use once more, so that all together are
+    the most that samples can hold.
+    """
+    sizes = [_header_size(image) for image in record.images]
+    sides = (record.query, *record.positives, *record.negatives, record.target)
+    used = [part.image for side in sides for part in side if part.kind == "image"]
+    again = list(used)
+    for number in set(used):
+        again.remove(number)
+    return sizes + [sizes[number] for number in again]
 
 
 def write_shard(
@@ -211,7 +232,7 @@ class _PartBuilder:
         tokens = UNKNOWN_TOKENS
         if self._count_tokens is not None:
             tokens = count_text_tokens(record, count_tokens=self._count_tokens)
-        sizes = [_header_size(image) for image in record.images]
+        sizes = indexed_sizes(record)
         self._rows.append(
             {
                 "batch": len(self.batches),

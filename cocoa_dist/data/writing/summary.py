@@ -131,7 +131,7 @@ def _example(number: int, record: Record, reader: ShardReader) -> Example:
         task=record.task,
         texts=tuple(_cut(text) for text in unique),
         pictures=record.images,
-        sizes=reader.image_sizes(number),
+        sizes=reader.image_sizes(number)[: len(record.images)],
         broken=broken,
     )
 

@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cocoa_dist.data.images import image_size
 from cocoa_dist.data.records import Record, from_row
-from cocoa_dist.data.shard_format import UNREADABLE, read_manifest
+from cocoa_dist.data.shard_format import read_manifest
 from cocoa_dist.data.shards import ShardReader
-from cocoa_dist.data.writing.shard_file import count_text_tokens, key_hash
+from cocoa_dist.data.writing.shard_file import count_text_tokens, indexed_sizes, key_hash
 from cocoa_dist.data.writing.tokens import TokenCounter
 from cocoa_dist.manifest import sha256_file
 
@@ -150,20 +149,13 @@ def _columns(reader: ShardReader, number: int, kept: dict[int, dict[str, Any]]) 
 def _against_index(
     reader: ShardReader, number: int, record: Record, counter: TokenCounter | None
 ) -> Iterator[str]:
-    sizes = tuple(_size(image) for image in record.images)
-    if sizes != reader.image_sizes(number):
-        yield f"pictures are {sizes}, the index has {reader.image_sizes(number)}"
+    sizes, indexed = indexed_sizes(record), reader.image_sizes(number)
+    if tuple(sizes) != indexed:
+        yield f"pictures are {tuple(sizes)}, the index has {indexed}"
     if counter is not None:
         found = count_text_tokens(record, count_tokens=counter)
         if found != reader.num_text_tokens[number]:
             yield f"texts have {found} tokens, the index has {reader.num_text_tokens[number]}"
-
-
-def _size(image: bytes) -> tuple[int, int]:
-    try:
-        return image_size(image)
-    except ValueError:
-        return (UNREADABLE, UNREADABLE)
 
 
 def _twice(hashes: NDArray[np.uint64]) -> list[str]:
