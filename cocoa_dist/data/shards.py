@@ -55,6 +55,7 @@ __all__ = [
 
 DEFAULT_CACHE_BYTES = 64 * 2**20
 _PICTURE_BYTES = BatchPlace._fields.index("picture_bytes")
+_MEND = "the index is damaged; rebuild the data set or restore the file"
 CHECKED_RECORDS = 2_000_000  # the index of a larger data set is not read whole at every opening
 
 
@@ -82,6 +83,7 @@ class ShardReader:
         self.path = self._store.location  # an absolute path, or a URL
         manifest = read_manifest(self._store)
         check_sizes(self._store, manifest)
+        self._sizes = {entry["path"]: int(entry["bytes"]) for entry in manifest["files"]}
         self.info: DatasetInfo = dataset_info(manifest)
         self._cache_bytes = cache_bytes
         whole = self.info.count <= CHECKED_RECORDS
@@ -124,7 +126,7 @@ class ShardReader:
         batch = self._state.batches.get(batch_number) or self._batch(batch_number)
         try:
             header, extent = batch.header(row), batch.extent(row)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:  # the latter: the index has a row of no batch
             raise self._damaged(number, str(error)) from error
         if batch.is_whole:
             pictures = batch.pictures(extent)
@@ -144,7 +146,10 @@ class ShardReader:
         batch = self._state.batches.get(batch_number) or self._batch(batch_number)
         if not batch.is_intact():
             raise self._damaged(number, "the headers of its batch are not those written")
-        return trusted_record(batch.header(row), None)
+        try:
+            return trusted_record(batch.header(row), None)
+        except IndexError as error:
+            raise self._damaged(number, str(error)) from error
 
     def columns_of(self, number: int) -> tuple[pa.RecordBatch, int]:
         """Return the columns that other programs read, of a record's batch, and its row in them.
@@ -157,7 +162,10 @@ class ShardReader:
     def key(self, number: int) -> str:
         """Return the key of a record that may be damaged. Raises ValueError if its batch is."""
         columns, row = self.columns_of(number)
-        return str(columns.column("key")[row].as_py())
+        try:
+            return str(columns.column("key")[row].as_py())
+        except IndexError as error:
+            raise ValueError(f"{self.path}: no row {row}; {_MEND}") from error
 
     def image_sizes(self, number: int) -> tuple[tuple[int, int], ...]:
         """Return (height, width) in pixels of the pictures of a record, from the index alone.
@@ -188,9 +196,9 @@ class ShardReader:
 
     def location(self, number: int) -> Location:
         """Return where record `number` lies, from the index alone."""
-        _, batch, _ = self._rows[number]
+        batch = int(np.searchsorted(self._batch_start, number, side="right")) - 1
         shard = self._batch_shard[batch]
-        first_batch = int(np.searchsorted(self._batch_shard, shard))
+        first_batch = min(int(np.searchsorted(self._batch_shard, shard)), batch)
         return Location(shard_name(int(shard)), number - int(self._batch_start[first_batch]))
 
     def shard_ranges(self) -> list[tuple[int, int]]:
@@ -262,7 +270,11 @@ class ShardReader:
         return self._state
 
     def _read_batch(self, number: int) -> ShardBatch:
-        """Read the head of a batch, and its pictures too from a store that is far."""
+        """Read the head of a batch, and its pictures too from a store that is far.
+
+        Raises ValueError if the index says what no shard can hold.
+        """
+        self._check_batch(number)
         place = BatchPlace(*(int(column[number]) for column in self._batch_places))
         offset = int(self._batch_offset[number])
         end = place.picture_data + place.picture_bytes * self._store.is_far
@@ -270,7 +282,14 @@ class ShardReader:
         name = shard_name(int(self._batch_shard[number]))
         data = self._read(name, number, offset=offset + begin, length=end - begin)
         rows = int(self._batch_rows[number])
-        return ShardBatch(data, place, name=name, offset=offset, rows=rows)
+        try:
+            return ShardBatch(data, place, name=name, offset=offset, rows=rows)
+        except TypeError as error:  # parts that do not begin or end where numbers do
+            raise ValueError(f"{self.path}/{BATCH_INDEX}: batch {number}: {_MEND}") from error
+
+    def _check_batch(self, number: int) -> None:
+        if not 0 <= number < self.info.num_batches:
+            raise ValueError(f"{self.path}/{RECORD_INDEX}: batch {number}: {_MEND}")
 
     def _read_pictures(self, batch: ShardBatch, number: int, extent: tuple[int, int]) -> bytes:
         """Read the pictures of one record; at the second one of a batch the others are near."""
@@ -285,6 +304,12 @@ class ShardReader:
         return self._read(batch.name, number, offset=offset, length=end - begin)
 
     def _read(self, name: str, batch: int, *, offset: int, length: int) -> bytes:
+        size = self._sizes.get(name, 0)
+        if min(offset, length) < 0 or offset + length > size:
+            raise ValueError(
+                f"{self.path}/{BATCH_INDEX}: batch {batch} is at bytes {offset} to "
+                f"{offset + length} of {name}, which has {size}: {_MEND}"
+            )
         data = self._store.read_range(name, offset=offset, length=length)
         if len(data) != length:
             raise ValueError(
@@ -295,6 +320,7 @@ class ShardReader:
 
     def _typed_batch(self, number: int) -> pa.RecordBatch:
         """Return all columns of a batch, pictures included. Raises ValueError if it is damaged."""
+        self._check_batch(number)
         offset, length = int(self._batch_offset[number]), int(self._batch_length[number])
         name = shard_name(int(self._batch_shard[number]))
         data = self._read(name, number, offset=offset, length=length)
