@@ -218,7 +218,9 @@ def text_item(record: Record) -> Item:
 
 
 def picture_item(record: Record, settings: ViewSettings) -> Item:
-    """Return the picture of a held-out record."""
+    """Return the picture of a held-out record. Raises ValueError if it has none that is one."""
+    if not record.images:
+        raise ValueError("the record has no picture, expected one")
     return Item(image=settings.pictures.load(record.images[0]))
 
 

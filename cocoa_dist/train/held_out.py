@@ -4,6 +4,7 @@ Read as at the end of a run: whole records, the rule and pooling of the recipe's
 against pictures both ways. Training goes on as if it had not been.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from cocoa_dist.config import RunConfig
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.samples import Vocabulary, view_settings
-from cocoa_dist.distributed import gather_rows, raise_together, rank, world_size
+from cocoa_dist.distributed import gather_rows, raise_together, rank, sum_over_ranks, world_size
 from cocoa_dist.train.engine import TrainEngine
 from cocoa_dist.train.evaluate import (
     Item,
@@ -43,9 +44,10 @@ class HeldOut:
     def __init__(
         self, config: RunConfig, *, vocabulary: Vocabulary, geometry: ImageGeometry
     ) -> None:
-        """Read the sets. Raises ValueError, on all ranks, for one that cannot be read. Collective.
+        """Read the sets and try every record, each rank its share. Collective.
 
-        Pictures are decoded anew at each evaluation, as far as the cache does not hold them.
+        Raises ValueError, on all ranks, for a set or record that cannot be used. Pictures are
+        decoded anew at each evaluation, as far as the cache does not hold them.
         """
         self.settings = config.evaluation
         self.stage = list(config.stages.values())[-1]
@@ -53,24 +55,41 @@ class HeldOut:
         self.view = view_settings(config.data, geometry=geometry)
         sources = config.evaluation.sets.items()
         self.sets = raise_together(lambda: {name: read_records(s) for name, s in sources})
+        raise_together(self._try_all)
+
+    def _try_all(self) -> None:
+        """Raise ValueError for a record of this rank's share that cannot be embedded."""
+        for name, records in self.sets.items():
+            for record in records[rank() :: world_size()]:
+                try:
+                    for item in (text_item(record), picture_item(record, self.view)):
+                        item_sample(item, vocabulary=self.vocabulary, settings=self.view)
+                except ValueError as error:
+                    raise ValueError(
+                        f"evaluation.sets.{name}: record {record.key!r} is no text and picture: "
+                        f"{error}"
+                    ) from error
 
     def due(self, step: int, *, last: int) -> bool:
         """Say whether an evaluation follows a step: every `every_steps`, and at the stage's end."""
         every = self.settings.every_steps
         return bool(every) and (step % every == 0 or step == last)
 
-    def scores(self, engine: TrainEngine, *, beat: Callable[[], None]) -> dict[str, float]:
+    def scores(
+        self, engine: TrainEngine, *, beat: Callable[[], None], stop: Callable[[], bool]
+    ) -> dict[str, float]:
         """Return fields of the record: recall at 10 of each set and its tied share, as ratios.
 
         Recall is the mean of words to pictures and pictures to words; NaN where an embedding is
-        not finite. `beat` is called before every forward pass. Collective: call on all ranks.
+        not finite. `beat` is called before every forward pass. Of sets that are not done when any
+        rank is asked to `stop` there is nothing. Collective: call on all ranks.
         """
         found: dict[str, float] = {}
-        with engine.embedding() as embed:
+        with engine.embedding() as embed, contextlib.suppress(_AskedToStopError):
             for name, records in self.sets.items():
-                texts = self._embed([*records], text_item, embed, beat)
+                texts = self._embed([*records], text_item, embed, beat, stop)
                 pictures = self._embed(
-                    [*records], lambda record: picture_item(record, self.view), embed, beat
+                    [*records], lambda record: picture_item(record, self.view), embed, beat, stop
                 )
                 found |= _scored(name, texts, pictures)
         return found
@@ -81,6 +100,7 @@ class HeldOut:
         item: Callable[[Record], Item],
         embed: Callable[[PackedBatch], Tensor],
         beat: Callable[[], None],
+        stop: Callable[[], bool],
     ) -> Vectors:
         """Return one vector a record, (N, D); ranks take batches in turn. Collective."""
         batches = _batches(len(records), most=self.settings.batch_size, ranks=world_size())
@@ -88,6 +108,8 @@ class HeldOut:
         for begin in range(0, len(batches), world_size()):
             mine = batches[min(begin + rank(), len(batches) - 1)]  # one too many is dropped below
             beat()
+            if sum_over_ranks(torch.tensor(float(stop()))).item():
+                raise _AskedToStopError
             vectors = embed(raise_together(partial(self._pack, [records[i] for i in mine], item)))
             padded = vectors.new_zeros(len(batches[0]), vectors.shape[1])
             padded[: len(vectors)] = vectors
@@ -104,6 +126,10 @@ class HeldOut:
         return embedding_pack(
             samples, stage=self.stage, geometry=self.geometry, vocabulary=self.vocabulary
         )
+
+
+class _AskedToStopError(Exception):
+    """All ranks leave an evaluation: the seconds that are left are for the checkpoint."""
 
 
 def _batches(count: int, *, most: int, ranks: int) -> list[range]:

@@ -375,8 +375,9 @@ class StageRun:
             return {}
         with self.monitor.phase("evaluation"):
             beat = partial(self.watchdog.beat, f"evaluating step {step}")
-            scores = self.held_out.scores(self.engine, beat=beat)
-        self.monitor.evaluated(step, scores)
+            scores = self.held_out.scores(self.engine, beat=beat, stop=lambda: self.stop.requested)
+        if scores:  # else it was left for a stop
+            self.monitor.evaluated(step, scores)
         return scores
 
     def _utilisation(self, shared: _Extras, seconds: float) -> dict[str, float]:
