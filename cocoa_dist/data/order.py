@@ -88,6 +88,9 @@ class StepPlan:
     cursors: Mapping[str, int] = field(
         default_factory=dict
     )  # records of each source taken before it
+    absent: Mapping[str, tuple[str, int]] = field(
+        default_factory=dict, compare=False
+    )  # fingerprint and records of the sources with a cursor that have left the blend
     _quotas: Ints = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -166,8 +169,14 @@ class StepPlan:
             "plan_hash": self.plan_hash,
             "start_step": self.start_step,
             "start": dict(self.cursors),
-            "fingerprints": {s.name: _short(s.fingerprint) for s in self.sources},
-            "num_records": {s.name: s.num_records for s in self.sources},
+            "fingerprints": {
+                **{name: fingerprint for name, (fingerprint, _) in self.absent.items()},
+                **{s.name: _short(s.fingerprint) for s in self.sources},
+            },
+            "num_records": {
+                **{name: count for name, (_, count) in self.absent.items()},
+                **{s.name: s.num_records for s in self.sources},
+            },
             "cursors": self.cursors_at(next_step),
             "next_step": next_step,
         }
@@ -180,7 +189,8 @@ class StepPlan:
         state is not one, or of another plan that may not change.
         """
         next_step, start, cursors = _checked(state, stage=self.stage)
-        same = replace(self, start_step=state.get("start_step", 1), cursors=start)
+        absent = self._absent(state)
+        same = replace(self, start_step=state.get("start_step", 1), cursors=start, absent=absent)
         if same.plan_hash == state.get("plan_hash"):
             return same
         if not may_change:
@@ -193,7 +203,13 @@ class StepPlan:
         for source in self.sources:
             if cursors.get(source.name, 0):
                 self._check_standing(source, state)
-        return replace(self, start_step=next_step, cursors=cursors)
+        return replace(self, start_step=next_step, cursors=cursors, absent=absent)
+
+    def _absent(self, state: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+        """Return what the data sets were that a state knows and this blend does not have."""
+        counts, here = state.get("num_records", {}), {source.name for source in self.sources}
+        found = state.get("fingerprints", {}).items()
+        return {name: (old, counts[name]) for name, old in found if name in counts.keys() - here}
 
     def _check_standing(self, source: PlanSource, state: Mapping[str, Any]) -> None:
         """Raise ValueError if a begun source holds other records than the checkpoint's."""

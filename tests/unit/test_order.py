@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -271,6 +272,18 @@ def test_other_data_under_an_old_name_has_no_place_to_go_on_from() -> None:
     new = PlanSource("a", 1.0, np.full(70, 10), np.full(70, 0), fingerprint="2" * 64)
     with pytest.raises(ValueError, match=r"source 'a' had another data .* a name of its own"):
         plan(new).resumed(plan(old).state(5), may_change=True)
+
+
+def test_a_source_that_comes_back_as_other_data_has_no_place_to_go_on_from() -> None:
+    begun = plan(source("a"), source("b")).state(next_step=20)
+    without = plan(source("a")).resumed(begun, may_change=True)
+    later = without.resumed(json.loads(json.dumps(without.state(30))))  # resumed in between
+    state = json.loads(json.dumps(later.state(40)))
+    again = plan(source("a"), source("b")).resumed(state, may_change=True)
+    assert again.cursors["b"] == begun["cursors"]["b"]
+    other = replace(source("b", count=70), fingerprint="other")
+    with pytest.raises(ValueError, match=r"source 'b' had another data .* a name of its own"):
+        plan(source("a"), other).resumed(state, may_change=True)
 
 
 def test_more_or_fewer_records_of_the_same_data_have_no_place_to_go_on_from() -> None:
