@@ -65,10 +65,19 @@ class ArrowDatasetFactory(BaseCoreDatasetFactory[CrudeSample], Sharder):  # type
 
     @property
     def num_records(self) -> int:
-        """Records that the blend uses of it, of the first ones."""
+        """Records that the blend uses of it, of the first ones.
+
+        Raises ValueError if it has fewer than the blend asks for.
+        """
         if self.subset is None:
             return len(self)
-        begin, end = self.subset.compute_subset(len(self))
+        try:
+            begin, end = self.subset.compute_subset(len(self))
+        except AssertionError as error:  # energon's word for it
+            raise ValueError(
+                f"{self.path} has {len(self)} records, its subset in the metadataset is "
+                f"{self.subset.absolute_range}: lower subset.range, or end it with `end` ({error})"
+            ) from error
         assert begin == 0, f"a subset from record {begin} on"  # read_metadataset refuses it
         return int(end)
 

@@ -271,6 +271,18 @@ def test_a_file_that_is_no_metadataset_is_named(content: str, message: str, tmp_
         read_metadataset(path)
 
 
+def test_a_subset_of_more_records_than_there_are_is_refused(
+    folder: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    reference = {"path": str(folder / "a"), "subset": {"range": [0, 31]}}
+    run = using(blend_yaml(tmp_path / "blend.yaml", {"blend": [reference]}))
+    with (
+        pytest.raises(ValueError, match=r"a has 30 records, its subset .* is \(0, 31\)"),
+        open_loader(run, vocabulary, tmp_path),
+    ):
+        pass
+
+
 def test_a_folder_of_tar_files_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     (tmp_path / "tars" / ".nv-meta").mkdir(parents=True)
     run = using(blend_yaml(tmp_path / "blend.yaml", {"path": "tars"}))
