@@ -16,7 +16,7 @@ from typing import Any
 
 from cocoa_dist.batch import StepBatch
 from cocoa_dist.config import RunConfig
-from cocoa_dist.data.fullest import fullest_pack, most_packs
+from cocoa_dist.data.fullest import fuller_packs, fullest_pack, most_packs
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.distributed import rank, world_size
 from cocoa_dist.manifest import Manifest
@@ -190,6 +190,7 @@ class StageRun:
             trial = Trial(
                 partial(fullest_pack, self.loader, world_size=size),
                 packs_a_step=most_packs(self.loader.plan, world_size=size),
+                fuller=partial(fuller_packs, self.loader, world_size=size),
             )
         preflight(
             self.engine,

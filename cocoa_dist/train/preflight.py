@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Trial:
 
     fullest: Callable[[Collection[int]], Fullest | None]  # the fullest pack without some records
     packs_a_step: int  # of a rank, at most
+    # Packs with more tokens or more patches than that one, and so perhaps in need of more memory
+    fuller: Callable[[PackedBatch], Iterable[Fullest]] = lambda first: ()
 
 
 def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Trial | None) -> None:
@@ -54,6 +56,8 @@ def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Tria
     if trial is not None:
         held = packs_held(engine, trial.packs_a_step)
         pack = check_fullest_pack(engine, trial.fullest, held=held)
+        for other in trial.fuller(pack):
+            loss_of_pack(engine, other.pack, held=held)
         times = f"{held} times " if held > 1 else ""
         size = f"{pack.num_tokens} tokens, {len(pack.pixel_values)} patches"
         parts.append(f"{times}a pack of {size}")

@@ -1,6 +1,7 @@
 """The pack that memory is tried with: full in tokens and patches, fuller than any of the plan."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 from PIL import Image
 
 from cocoa_dist.config import RunConfig, load_recipe
-from cocoa_dist.data.fullest import _largest_first, _that_fit, fullest_pack, most_packs
+from cocoa_dist.data.fullest import (
+    Fullest,
+    _largest_first,
+    _that_fit,
+    fuller_packs,
+    fullest_pack,
+    most_packs,
+)
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.data.records import Record, image_part, text_part
@@ -99,6 +107,54 @@ def text(number: int) -> Record:
         images=(),
         meta={"keywords": ["small", "round"]},
     )
+
+
+def largest(one: StageLoader, found: Fullest, *, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most tokens and patches of what is tried, and of the packs of some steps."""
+    tried = [found.pack, *(more.pack for more in fuller_packs(one, found.pack, world_size=1))]
+    real = [pack for _ in range(steps) for pack in one.next_step().packs]
+    most = [
+        np.max([(pack.num_tokens, len(pack.pixel_values)) for pack in packs], axis=0)
+        for packs in (tried, real)
+    ]
+    return most[0], most[1]
+
+
+def test_what_is_drawn_in_every_pass_is_tried_at_its_largest(tmp_path) -> None:
+    """With one draw it had 204 tokens and 64 patches, packs of the plan up to 267 and 112."""
+    stage = "eos_bridged_reconstruction"
+    more = [f"stages.{stage}.data.image_share=0.5", f"stages.{stage}.batch_size=8"]
+    one = loader(load_recipe("debug", more), stage, tmp_path)
+    tried, real = largest(one, fullest_pack(one, world_size=1), steps=60)
+    assert (real <= tried).all()
+
+
+@pytest.mark.parametrize("block", [4, None], ids=["mixed", "one a step"])
+def test_sources_of_texts_and_of_pictures_are_both_tried(block, tmp_path) -> None:
+    words = text_part(" ".join(["octopus"] * 20))
+    texts = [Record(f"t{n}", "t", (words,), positives=((words,),)) for n in range(60)]
+    shown = [picture(n) for n in range(60)]
+    shown = [dataclasses.replace(one, positives=((words,),), target=()) for one in shown]
+    sources = {}
+    for name, records in (("texts", texts), ("pictures", shown)):
+        write_shards(records, tmp_path / name, info={})
+        sources[name] = {"path": str(tmp_path / name)}
+    data = {"view": "pair", "task_block": block, "sources": sources}
+    config = load_recipe(
+        "debug",
+        [
+            f"stages.contrastive.data={json.dumps(data)}",
+            "stages.contrastive.batch_size=32",
+            "data.tokens_per_pack=900",
+            "data.patches_per_pack=48",
+        ],
+    )
+    one = loader(config, "contrastive", tmp_path)
+    found = fullest_pack(one, world_size=1)
+    tried, real = largest(one, found, steps=20)
+    assert (real <= tried).all()
+    assert tried[0] >= 0.9 * 900
+    assert (found.source == "pictures + texts") == (block is not None)
 
 
 def test_it_has_no_more_records_than_a_rank_gets(tmp_path) -> None:
