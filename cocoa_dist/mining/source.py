@@ -70,11 +70,14 @@ class MinedSource:
         if self.append:
             negatives += record.negatives
             identities += _identities(record)
+        own_sides = {side_hash(record, side) for side in (*record.positives, record.target) if side}
         found = zip(self._found["number"][number], self._found["score"][number], strict=True)
         for other_number, score in found:
             if other_number == NOTHING:
                 continue
             other = self._reader.record(int(other_number))
+            if side_hash(other, first_target(other)) in own_sides:
+                continue  # mining knows the first positive alone; a stage would refuse the record
             negatives.append(_carried(other, first_target(other), images))
             identities.append(other.identity)
             scores.append(round(float(score), 6))

@@ -17,12 +17,14 @@ from pair_records import pair_record, write_pairs
 
 from cocoa_dist.config import StageDataConfig
 from cocoa_dist.data.blend import blend_file
-from cocoa_dist.data.records import Record
+from cocoa_dist.data.negatives import NEGATIVE_IDENTITIES
+from cocoa_dist.data.records import Record, text_part
 from cocoa_dist.data.revision import check_origin
-from cocoa_dist.data.shards import ShardReader
+from cocoa_dist.data.shards import ShardReader, write_shards
 from cocoa_dist.data.writing.verify import verify_dataset
 from cocoa_dist.mining.mine import MiningOptions, mine
 from cocoa_dist.mining.search import NOTHING, Neighbours, Pool, Queries, brute_force, exact, recall
+from cocoa_dist.mining.source import MinedSource
 from cocoa_dist.mining.vectors import ExportedModel, GivenVectors
 from cocoa_dist.mining.work import WorkFolder
 
@@ -147,6 +149,28 @@ def test_a_mined_data_set_holds_the_nearest_allowed_targets(data, vectors, tmp_p
     assert said["data"] == before.fingerprint
     assert said["location"] == str(data)
     assert said["recall"] == 1.0
+
+
+def test_a_second_positive_is_no_negative(tmp_path: Path) -> None:
+    """A stage would refuse the whole record, in every pass."""
+    sides = [(text_part(word),) for word in ("cat", "kitten", "dog")]
+    query = (text_part("a small cat"),)
+    write_shards(
+        [
+            Record("a", "t", query, positives=(sides[0], sides[1])),
+            Record("b", "t", query, positives=(sides[1],)),
+            Record("c", "t", query, positives=(sides[2],)),
+        ],
+        tmp_path / "data",
+        info={},
+    )
+    found = {"number": np.array([[1, 2]] * 3), "score": np.zeros((3, 2)), "own": np.ones(3)}
+    np.savez(tmp_path / "found.npz", **found)
+    source = MinedSource(str(tmp_path / "data"), tmp_path / "found.npz", {}, {})
+    record = next(iter(source.rows(0, 1)))
+    assert isinstance(record, Record)
+    assert record.negatives == (sides[2],)
+    assert len(record.meta[NEGATIVE_IDENTITIES]) == 1
 
 
 def test_own_negatives_stay_if_asked_for(data, vectors, tmp_path) -> None:
