@@ -51,7 +51,7 @@ class Profiling:
         try:
             request = json.loads((self.run_dir / PROFILE_REQUEST).read_text(encoding="utf-8"))
             return min(max(int(request["steps"]), 1), MOST_STEPS)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return 0  # half written: the next step sees it whole
 
     def begin(self, step: int) -> None:

@@ -23,6 +23,15 @@ def trace(path: Path) -> dict:
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"steps": "x"}', '{"steps": 1e999}', "{}"])
+def test_a_request_that_is_none_costs_nothing(text: str, tmp_path: Path) -> None:
+    request = tmp_path / PROFILE_REQUEST
+    request.parent.mkdir()
+    request.write_text(text)
+    cpu = torch.device("cpu")
+    assert Profiling(tmp_path, stage="s", rank=0, world_size=1, device=cpu).asked() == 0
+
+
 @pytest.mark.slow
 def test_traces_of_the_recipe_change_no_number_of_the_run(tmp_path: Path) -> None:
     plain = start(tmp_path / "plain", STAGE)
