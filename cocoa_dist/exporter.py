@@ -103,9 +103,13 @@ class Values:
     def later(self, subject: str, update: Callable[[], None]) -> None:
         """Keep an update until somebody asks; a later one of the same subject takes its place.
 
-        For gauges of every step: steps are many, scrapes are few.
+        For gauges of every step: steps are many, scrapes are few. A strict process sets them at
+        once, so that a name that is not registered fails where it was given.
         """
-        self._later[subject] = update
+        if self._strict:
+            update()
+        else:
+            self._later[subject] = update
 
     def _catch_up(self) -> None:
         while self._later:

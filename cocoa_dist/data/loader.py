@@ -144,6 +144,17 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
         self._start_step = start_step
         self._state = state
 
+    def _check_names(self, left_out: Mapping[str, object]) -> None:
+        """Raise ValueError for a data set to leave records out of that no stage has."""
+        have = sorted({name for stage in self._run.stages.values() for name in stage.data.blend})
+        for name in left_out:
+            if name not in have:
+                raise ValueError(
+                    f"data.left_out '{self._run.data.left_out}' names the data set '{name}', no "
+                    f"stage has one of that name (have: {', '.join(have)}): nothing would be left "
+                    "out of it"
+                )
+
     def build_train_datasets(
         self, *, datasets: list[Any], worker_config: WorkerConfig, **_unused: object
     ) -> PlanDataset:
@@ -154,6 +165,7 @@ class PlanTaskEncoder(DefaultTaskEncoder):  # type: ignore[misc]
         if data.metadataset is not None and self._blend == Path(data.metadataset.path):
             check_parts(data.metadataset, datasets)
         left_out = read_left_out(self._run.data.left_out)
+        self._check_names(left_out)
         for loaded in datasets:
             factory: ArrowDatasetFactory = loaded.dataset
             name = loaded_name(loaded)

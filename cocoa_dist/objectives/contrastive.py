@@ -5,6 +5,7 @@ candidates.py for what is left out for whom. Records that could not be used coun
 queries nor as candidates.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +28,8 @@ from cocoa_dist.objectives.candidates import (
     pairs_of,
 )
 from cocoa_dist.objectives.similarity import distillation_sum, info_nce_sum, sigmoid_sum
+
+log = logging.getLogger("cocoa_dist.objectives")
 
 TERM, DISTILLATION = "contrastive", "distillation"
 _ALWAYS = ("distances", "pairs", "closeness", "couples", "squares", "left_out")
@@ -66,7 +69,9 @@ class Contrastive:
             *BRIDGE_MEASURES,
             *(("missing", "wanted", "hard_couples", "hard_left_out") if negatives else ()),
             *(("temperatures", "biases", "steps") if start else ()),
+            *(("scored",) if config.distillation_weight else ()),
         )
+        self._told = False  # that a step had no scores
 
     def counts(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
         """Usable queries, once for each direction; for the teacher's term those it has scored."""
@@ -181,6 +186,8 @@ class Contrastive:
                 hard_couples=hard_BH.sum(),
                 hard_left_out=(hidden_BC[:, count:] * hard_BH).sum(),
             )
+        if DISTILLATION in self.weights:
+            self.measures.add(scored=(weight_B * ~pairs.score_BS[:, 0].isnan()).sum())
 
     def health(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Give alignment, uniformity, effective rank of the targets, and shares of candidates.
@@ -201,4 +208,11 @@ class Contrastive:
         for name, (part, whole) in _SHARES.items():
             if measured.get(whole):
                 health[name] = measured[part] / measured[whole]
+        if measured.get("scored") == 0.0 and not self._told:
+            self._told = True
+            log.warning(
+                "no record of this step has a teacher's scores (meta.scores), and its distillation "
+                "loss is 0: mine the data again (tools/mine_hard_negatives.py), or set "
+                "objective.distillation_weight=0"
+            )
         return health

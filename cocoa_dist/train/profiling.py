@@ -34,19 +34,23 @@ class Profiling:
         self.rank, self.world_size = rank, world_size
         self._request = str(run_dir / PROFILE_REQUEST)
         self._first, self._count, self._last = 0, 0, 0
+        self._after_request = (0, 0)  # first step and steps of the recipe's plan
         self._profiler: Any = None
         self._is_request = False
 
     def plan(self, first: int, count: int, *, is_request: bool = False) -> None:
-        """Trace steps [first, first + count); the same on all ranks."""
+        """Trace steps [first, first + count); the same on all ranks. A request goes first."""
+        if is_request:
+            self._after_request = (self._first, self._count)
         self._first, self._count, self._is_request = first, count, is_request
 
     def asked(self) -> int:
         """Return how many steps the request in the run folder is for; 0 without one.
 
-        While steps are traced or planned the request waits.
+        It waits while steps are traced, not while those of the recipe are yet to come.
         """
-        if self._count or not os.path.exists(self._request):
+        taken_up = self._profiler is not None or (self._count and self._is_request)
+        if taken_up or not os.path.exists(self._request):
             return 0
         try:
             request = json.loads((self.run_dir / PROFILE_REQUEST).read_text(encoding="utf-8"))
@@ -86,6 +90,8 @@ class Profiling:
             log.warning("no trace of step %d: %s; the run goes on", self._first, error)
         if self.rank == 0 and self._is_request:
             (self.run_dir / PROFILE_REQUEST).unlink(missing_ok=True)
+        if self._is_request:
+            self.plan(*self._after_request)
 
     def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]

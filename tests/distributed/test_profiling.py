@@ -32,6 +32,23 @@ def test_a_request_that_is_none_costs_nothing(text: str, tmp_path: Path) -> None
     assert Profiling(tmp_path, stage="s", rank=0, world_size=1, device=cpu).asked() == 0
 
 
+def test_a_request_goes_before_the_steps_that_the_recipe_plans(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    profiling = Profiling(tmp_path, stage="s", rank=0, world_size=1, device=cpu)
+    profiling.plan(1000, 2)
+    (tmp_path / PROFILE_REQUEST).parent.mkdir()
+    (tmp_path / PROFILE_REQUEST).write_text('{"steps": 1}')
+    assert profiling.asked() == 1
+    profiling.plan(11, 1, is_request=True)
+    assert profiling.asked() == 0  # it is taken up
+    for step in (11, 999, 1000, 1001):
+        profiling.begin(step)
+        profiling.end(step)
+    folders = sorted(path.name for path in (tmp_path / "profile" / "s").iterdir())
+    assert folders == ["step_1000", "step_11"]
+    assert not (tmp_path / PROFILE_REQUEST).exists()
+
+
 @pytest.mark.slow
 def test_traces_of_the_recipe_change_no_number_of_the_run(tmp_path: Path) -> None:
     plain = start(tmp_path / "plain", STAGE)

@@ -243,3 +243,15 @@ def test_what_is_left_out_and_missing_is_measured() -> None:
 def test_options_that_do_not_fit_are_refused(fields, words) -> None:
     with pytest.raises(ValidationError, match=words):
         ContrastiveConfig(**fields)
+
+
+def test_a_step_without_any_scores_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    objective = Contrastive(ContrastiveConfig(distillation_weight=1.0), negatives=NEGATIVES)
+    found = made(negatives=NEGATIVES)
+    for pack in found.packs:
+        pack.scores.fill_(torch.nan)
+    for _ in range(2):
+        objective.sums(found.outputs, found.packs)
+        taken = objective.measures.take()
+        objective.health(dict(zip(objective.measures.names, taken, strict=True)))
+    assert caplog.text.count("mine the data again") == 1

@@ -32,6 +32,11 @@ def values() -> Values:
     return Values(Source.EVERY_RANK, Source.RANK_0, strict=True)
 
 
+def test_a_strict_process_refuses_a_name_where_it_is_given(values: Values) -> None:
+    with pytest.raises(ValueError, match="the registry has no such metric"):
+        values.later("step", lambda: values.set("cocoa_nowhere", 1.0))
+
+
 def start(values: Values, folder: Path, *, port: int = 0, name: str = "a.json") -> Exporter:
     exporter = Exporter(values)
     exporter.start(MetricsConfig(), port=port, folder=folder, name=name, labels={"run_id": "x"})

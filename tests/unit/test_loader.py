@@ -584,3 +584,14 @@ def test_a_list_that_is_none_is_named(content: str | None, message: str, tmp_pat
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_left_out(str(path))
+
+
+def test_a_list_for_a_data_set_that_no_stage_has_is_refused(
+    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"dataset": "A", "number": 1}) + "\n")
+    data = {"tokens_per_pack": 400, "left_out": str(listed)}
+    run = config({"a": dataset}, view="pair", data=data)
+    with pytest.raises(ValueError, match=r"names the data set 'A', no stage has .*\(have: a\)"):
+        read(run, vocabulary, tmp_path, steps=1)
