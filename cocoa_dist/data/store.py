@@ -25,6 +25,7 @@ DOWN_SECONDS = 30.0  # a store that used up its pauses fails at once for so long
 _PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NEVER = float("-inf")
 _JITTER = 0.25  # of a pause, so that ranks do not come back all at once
+_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class LocalStore:
             ):
                 data += more
         except OSError:
-            self._forget(name, descriptor)  # a stale handle of a network file system stays stale
+            self._renew(name, descriptor)  # a stale handle of a network file system stays stale
             raise
         return data
 
@@ -135,15 +136,19 @@ class LocalStore:
     def _descriptor(self, name: str) -> int:
         with self._lock.lock():
             if name not in self._open:
-                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-                self._open[name] = os.open(self.folder / name, flags)
+                self._open[name] = os.open(self.folder / name, _READ)
             return self._open[name]
 
-    def _forget(self, name: str, descriptor: int) -> None:
-        with self._lock.lock():
-            if self._open.get(name) == descriptor:
-                del self._open[name]
-                os.close(descriptor)
+    def _renew(self, name: str, descriptor: int) -> None:
+        """Put the file behind the descriptor anew; its number may be in another thread's hands."""
+        with self._lock.lock(), contextlib.suppress(OSError):
+            if self._open.get(name) != descriptor:
+                return
+            opened = os.open(self.folder / name, _READ)
+            try:
+                os.dup2(opened, descriptor, inheritable=False)
+            finally:
+                os.close(opened)
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -192,3 +193,22 @@ def test_the_kernel_is_asked_to_read_ahead_what_it_has_not_cached(
     assert asked == [(10, 4000)]
     local.expect("nowhere", offset=0, length=1)  # whoever reads it will say so
     local.close()
+
+
+def test_a_descriptor_that_failed_is_opened_anew_under_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may be about to read by that number: it must never become another file."""
+    (tmp_path / "a").write_bytes(b"old")
+    folder = LocalStore(tmp_path)
+    assert folder.read_range("a", offset=0, length=3) == b"old"
+    number = folder._descriptor("a")
+    (tmp_path / "b").write_bytes(b"new")
+    (tmp_path / "b").rename(tmp_path / "a")  # the descriptor still has the old one
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pread", Mock(side_effect=OSError(116, "Stale file handle")))
+        with pytest.raises(OSError, match="Stale"):
+            folder.read_range("a", offset=0, length=3)
+    assert folder._descriptor("a") == number
+    assert os.pread(number, 3, 0) == b"new"
+    folder.close()
