@@ -7,14 +7,14 @@
 # What needs SLURM, Prometheus or shellcheck is skipped, with the reason, where these are not
 # installed. As root on Debian, COCOA_TEST_PACKAGES=1 installs them first; CI does.
 # Every check runs even when an earlier one failed; the exit code is 0 only if all passed. The
-# failed checks are listed before the tests, so that pytest's own closing line comes last.
+# failed checks are listed before the tests, so that the closing lines of pytest come last.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-tests=()
+fast=0
 if [[ ${1:-} == --fast ]]; then
     shift
-    tests=(tests/unit -m "not slow and not gpu")
+    fast=1
 elif [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
     exit 0
@@ -43,7 +43,7 @@ install_packages() {
     rm -f -- "$log"
 }
 
-if [[ ${COCOA_TEST_PACKAGES:-0} == 1 && ${#tests[@]} -eq 0 ]]; then
+if [[ ${COCOA_TEST_PACKAGES:-0} == 1 && $fast -eq 0 ]]; then
     install_packages
 fi
 
@@ -100,8 +100,26 @@ if ((${#failed[@]})); then
     printf '\n%d checks FAILED: %s. The tests follow.\n\n' "${#failed[@]}" "${failed[*]}"
 fi
 
-status=0
-python -m pytest "${tests[@]}" "$@" || status=$?
+# 5, no tests, counts only if all runs say so: the pattern of somebody may be of the other half.
+status=5
+run_tests() {
+    local code=0
+    python -m pytest "$@" || code=$?
+    if ((status == 5 || (status == 0 && code != 5))); then
+        status=$code
+    fi
+}
+
+# Files of tests side by side, as many as there are cores; then those that need the machine alone.
+side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile)
+if ((fast)); then
+    run_tests "${side_by_side[@]}" tests/unit -m "not slow and not gpu" "$@"
+elif [[ $# -gt 0 && -e ${1%%::*} ]]; then # files or folders of choice
+    run_tests "$@"
+else
+    run_tests "${side_by_side[@]}" tests/unit tests/launcher "$@"
+    run_tests tests/distributed tests/gpu tests/slurm "$@"
+fi
 if ((status == 0 && ${#failed[@]})); then
     status=1
 fi
