@@ -24,13 +24,20 @@ from cocoa_dist.comparison.arms import (
 from cocoa_dist.comparison.budget import (
     Budget,
     Costs,
-    StageCost,
     expected,
     fitted,
     unmeasured,
 )
 from cocoa_dist.comparison.facts import run_facts, scores
-from cocoa_dist.comparison.folder import Place, held, keep_recipe, read_plan, write_plan
+from cocoa_dist.comparison.folder import (
+    Kept,
+    Place,
+    check_recipe,
+    held,
+    keep_recipe,
+    read_plan,
+    write_plan,
+)
 from cocoa_dist.comparison.runs import (
     LAUNCHER,
     Cell,
@@ -113,11 +120,15 @@ def make_plan(
     *,
     budget: Budget,
     amount: float | None,
+    settled: Mapping[float, float],
     failed: Mapping[str, str],
 ) -> Plan:
-    """Give every variant the steps that its group's budget buys."""
+    """Give every variant the steps that its group's budget buys; `settled` are those of before."""
     entries, amounts = [], {}
     for factor in dict.fromkeys(variant.factor for variant in variants):
+        if factor in settled:
+            amounts[factor] = settled[factor]
+            continue
         reference = resolve(preset, preset.reference, factor=factor).config
         known = budget is Budget.STEPS or not unmeasured(reference, costs)
         if amount is not None or known:
@@ -162,7 +173,7 @@ class Comparison:
     preset: Preset
     variants: Sequence[Variant]
     say: Say
-    costs: dict[str, StageCost] = field(default_factory=dict)
+    kept: Kept = field(default_factory=lambda: Kept({}, {}))
     failed_pilots: dict[str, str] = field(default_factory=dict)
     known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
@@ -176,11 +187,11 @@ class Comparison:
             preset, arms=request.arms, factors=request.factors, ablations=request.ablations
         )
         made = cls(request, preset, variants, say)
-        made.costs = read_plan(made.place, request.settings)
+        made.kept = read_plan(made.place, request.settings)
         if request.pilots_from is not None:
             other = Place(request.pilots_from)
             settings = _settings_of(other, nproc=request.nproc)
-            made.costs = {**read_plan(other, settings), **made.costs}
+            made.kept.costs = {**read_plan(other, settings).costs, **made.kept.costs}
         return made
 
     @property
@@ -193,9 +204,10 @@ class Comparison:
         return make_plan(
             self.preset,
             self.variants,
-            self.costs,
+            self.kept.costs,
             budget=self.request.budget,
             amount=self.request.amount,
+            settled=self.kept.amounts,
             failed=self.failed_pilots,
         )
 
@@ -205,10 +217,14 @@ class Comparison:
         Raises ValueError for bad input, InterruptedByUserError if a signal came.
         """
         with held(self.place), caught_signals() as signals:
-            write_plan(self.place, self.request.settings, self.costs)
+            for variant in self.variants:  # before anything is measured for it
+                last = stage_of_pairs(variant.config)
+                check_recipe(self.place, variant.config, but_for=last)
+            self._settle({})
             if self.request.budget is not Budget.STEPS or pilots_only:
                 self._pilots(signals)
             plan = self.plan()
+            self._settle(plan.amounts)
             for entry in plan.entries:
                 if entry.config is not None:
                     keep_recipe(self.place, entry.config)
@@ -216,6 +232,11 @@ class Comparison:
                 return 0
             self._run(plan, signals)
             return 1 if self.write(plan)["missing"] else 0
+
+    def _settle(self, amounts: Mapping[float, float]) -> None:
+        """Write down what holds for all later calls."""
+        self.kept.amounts |= amounts
+        write_plan(self.place, self.request.settings, self.kept)
 
     def _pilots(self, signals: Signals) -> None:
         references = [
@@ -225,12 +246,12 @@ class Comparison:
         self.failed_pilots = run_pilots(
             self.place,
             [*references, *self.variants],
-            self.costs,
+            self.kept.costs,
             steps=self.preset.pilot_steps,
             nproc=self.request.nproc,
             say=self.say,
             signals=signals,
-            keep=lambda costs: write_plan(self.place, self.request.settings, dict(costs)),
+            keep=lambda: self._settle({}),
             launcher=self.request.launcher,
         )
         for name, why in self.failed_pilots.items():
@@ -269,7 +290,7 @@ class Comparison:
             preset=self.preset,
             settings=self.request.settings,
             amounts=plan.amounts,
-            costs=self.costs,
+            costs=self.kept.costs,
             commands=self._commands(plan),
             choose=self.request.choose,
         )

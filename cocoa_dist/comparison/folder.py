@@ -50,17 +50,26 @@ class Place:
         return self.root / "logs" / f"{name}-seed{seed}.failed"
 
 
-def read_plan(place: Place, settings: dict[str, Any]) -> dict[str, StageCost]:
-    """Return the pilots of an earlier call with the same settings; none for a new folder.
+@dataclass
+class Kept:
+    """What is settled by a first call and holds for all later ones."""
+
+    costs: dict[str, StageCost]  # of pilots, by cost_key
+    amounts: dict[float, float]  # the budget of each factor
+
+
+def read_plan(place: Place, settings: dict[str, Any]) -> Kept:
+    """Return what earlier calls with the same settings have settled; nothing for a new folder.
 
     Raises ValueError naming the settings that differ.
     """
     path = place.root / PLAN_NAME
     if not path.is_file():
-        return {}
+        return Kept({}, {})
     try:
         content = json.loads(path.read_bytes())
         version, before, pilots = (content[k] for k in ("schema_version", "settings", "pilots"))
+        amounts = {float(factor): float(found) for factor, found in content["amounts"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): give another --out") from error
     if version != SCHEMA_VERSION:
@@ -76,35 +85,45 @@ def read_plan(place: Place, settings: dict[str, Any]) -> dict[str, StageCost]:
             f"{place.root} holds a comparison with other settings, and its runs would not be on "
             f"equal footing with new ones:\n{listed}\ngive these as they were, or another --out"
         )
-    return {key: StageCost(**cost) for key, cost in pilots.items()}
+    return Kept({key: StageCost(**cost) for key, cost in pilots.items()}, amounts)
 
 
-def write_plan(place: Place, settings: dict[str, Any], pilots: dict[str, StageCost]) -> None:
-    """Write down the settings and what is measured so far."""
+def write_plan(place: Place, settings: dict[str, Any], kept: Kept) -> None:
+    """Write down the settings and what is settled so far."""
     place.root.mkdir(parents=True, exist_ok=True)
     content = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings,
-        "pilots": {key: asdict(cost) for key, cost in pilots.items()},
+        "amounts": {str(factor): amount for factor, amount in kept.amounts.items()},
+        "pilots": {key: asdict(cost) for key, cost in kept.costs.items()},
     }
     write_atomic(place.root / PLAN_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def keep_recipe(place: Place, config: RunConfig) -> None:
-    """Write the recipe of a row, or see that it is the one of before.
+def check_recipe(place: Place, config: RunConfig, *, but_for: str | None = None) -> None:
+    """See that a row's recipe is the one of before, if it has begun, but for a stage's steps.
 
     Raises ValueError naming the keys that differ.
     """
     path = place.recipe(config.name)
-    if path.is_file():
-        changed = differences(load_resolved(path), config, free=False)
-        if changed:
-            listed = "\n".join(f"  {line}" for line in changed)
-            raise ValueError(
-                f"{config.name} is another than when its runs began:\n{listed}\n"
-                f"put it back, give another --out, or move {place.root / 'runs' / config.name} and "
-                f"{path} away to train it anew"
-            )
+    if not path.is_file():
+        return
+    free = (f"stages.{but_for}.steps:", f"stages.{but_for}.optimizer.warmup_steps:")
+    found = differences(load_resolved(path), config, free=False)
+    changed = [line for line in found if not line.startswith(free)]
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise ValueError(
+            f"{config.name} is another than when its runs began:\n{listed}\n"
+            f"put it back, give another --out, or move {place.root / 'runs' / config.name} and "
+            f"{path} away to train it anew"
+        )
+
+
+def keep_recipe(place: Place, config: RunConfig) -> None:
+    """Write the recipe of a row, or see that it is the one of before (ValueError)."""
+    path = place.recipe(config.name)
+    check_recipe(place, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, dump_yaml(config).encode())
 

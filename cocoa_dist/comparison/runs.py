@@ -20,7 +20,6 @@ from types import FrameType
 
 from cocoa_dist.comparison.arms import Variant
 from cocoa_dist.comparison.budget import (
-    Costs,
     StageCost,
     cost_key,
     measure,
@@ -160,12 +159,12 @@ def run_pilots(
     nproc: int,
     say: Say,
     signals: Signals,
-    keep: Callable[[Costs], None],
+    keep: Callable[[], None],
     launcher: Sequence[str] = LAUNCHER,
 ) -> dict[str, str]:
     """Measure every stage that has not been; return arms that could not be, with the reason.
 
-    `costs` grows, and `keep` writes it down after each pilot. A stage that two arms share is
+    `costs` grows, and `keep` writes that down after each pilot. A stage that two arms share is
     measured once. Raises InterruptedByUserError if a signal came.
     """
     failed: dict[str, str] = {}
@@ -189,7 +188,7 @@ def run_pilots(
         for stage in stages:
             key = cost_key(variant.config, stage)
             costs[key] = measure(folder, arm=variant.name, stage=stage)
-        keep(costs)
+        keep()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return failed
 
