@@ -17,10 +17,11 @@ Equal footing. All arms of a group have one budget:
   equal-tokens   tokens over all stages
   equal-steps    contrastive steps; reconstruction comes on top
 It is what the preset's reference arm uses as its recipe stands, or --amount, or what a finished run
-used (--reference). Pilots of a few steps measure what a step of each stage costs; the stages before
-the contrastive one keep their recipe's steps, the contrastive one gets what the budget leaves. The
-table says what was really used. --reconstruction 3x gives three times the steps before the
-contrastive stage; every such factor is a group with its own budget and its own control.
+used (--reference). Pilots of a few steps measure what a step of each stage costs. The stages before
+the contrastive one get, in every arm, what those of the reference arm take (--split recipe: their
+recipe's steps); the contrastive one gets what the budget leaves. The table says what was really
+used. --reconstruction 3x gives three times as much before the contrastive stage; every such factor
+is a group with its own budget and its own control.
 
 The table (methods.md, .html, .json in --out; written after every run, says what it lacks): held-out
 recall by one scorer, mean and standard deviation over seeds, differences to the control on the same
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # works in a checkout that is not installed
 
 from cocoa_dist.comparison.arms import preset_names, read_preset  # noqa: E402
-from cocoa_dist.comparison.budget import Budget  # noqa: E402
+from cocoa_dist.comparison.budget import Budget, Split  # noqa: E402
 from cocoa_dist.comparison.compare import (  # noqa: E402
     Comparison,
     Request,
@@ -99,8 +100,10 @@ def request_of(options: argparse.Namespace, words: Sequence[str]) -> Request:
         factors=options.reconstruction,
         ablations=names_of(options.ablate),
         budget=budget,
+        split=Split(options.split),
         amount=amount,
         nproc=options.nproc,
+        jobs=options.jobs,
         choose=options.choose,
         pilots_from=options.pilots_from,
         words=("python", "tools/compare_methods.py", *map(shlex.quote, words)),
@@ -166,6 +169,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         default=Budget.COMPUTE.value,
         help="what all arms have alike (%(default)s)",
     )
+    parser.add_argument(
+        "--split",
+        choices=[split.value for split in Split],
+        default=Split.REFERENCE.value,
+        help="what the stages before the contrastive one get: what the reference arm's take, or "
+        "the steps of the arm's recipe (%(default)s)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--amount", type=float, metavar="X", help="of every group, in its unit")
     size.add_argument(
@@ -184,6 +194,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--choose", action="store_true", help="name best rows by validation")
     parser.add_argument(
         "--nproc", type=int, default=1, metavar="N", help="processes of a run (%(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at the same time (%(default)s)"
     )
     parser.add_argument(
         "--pilots-from", type=Path, metavar="DIR", help="take pilots of another comparison"

@@ -54,6 +54,7 @@ class Preset(Strict):
     validation: dict[str, SourceConfig]  # settings may be chosen by these alone
     curve_every_steps: Positive  # validation retrieval while a stage trains
     pilot_steps: Annotated[int, Field(ge=6)]  # optimizer steps that measure what a stage's cost
+    pilot_rounds: Positive = 2  # over all stages in turn: a machine is not equally busy all day
     arms: Annotated[dict[str, ArmSpec], Field(min_length=1)]
     ablations: dict[str, AblationSpec] = Field(default_factory=dict)
 

@@ -1,14 +1,15 @@
 """What a step of each stage costs, by a pilot, and how many steps a budget buys.
 
-The steps before the last stage are the recipe's (times a factor); the contrastive stage gets what
-is left. CPU seconds are those of all ranks inside steps, as manifests count them.
+The stages before the last one share a part of the budget in their recipe's proportions, or keep
+their recipe's steps; the contrastive stage gets what is left. CPU seconds are those of all ranks
+inside steps, as manifests count them.
 """
 
 import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,44 @@ class Budget(StrEnum):
     STEPS = "equal-steps"  # contrastive steps; reconstruction comes on top
 
 
+class Split(StrEnum):
+    """What the stages before the contrastive one get."""
+
+    REFERENCE = "reference"  # what the reference arm's own ones take, in every arm
+    RECIPE = "recipe"  # the steps of the arm's recipe, whatever they take
+
+
 @dataclass(frozen=True)
 class StageCost:
     """What a pilot measured of one stage."""
 
     arm: str  # whose pilot it was
     stage: str
-    steps: int  # of the pilot
+    steps: int  # of a pilot
     cpu_step: float  # CPU seconds of a step, mean without the first ones
     cpu_spread: float  # standard deviation of one step
     cpu_first: float  # CPU seconds that the first steps take beyond that, once
     tokens_step: float  # mean
+    rounds: int = 1  # pilots that these are the means of
+    cpu_low: float = 0.0  # the lowest and the highest of their cpu_step
+    cpu_high: float = 0.0
+
+    def with_round(self, other: "StageCost") -> "StageCost":
+        """Return the mean of all rounds so far and another one."""
+
+        def mean(own: float, new: float) -> float:
+            return (own * self.rounds + new) / (self.rounds + 1)
+
+        return replace(
+            self,
+            cpu_step=mean(self.cpu_step, other.cpu_step),
+            cpu_spread=mean(self.cpu_spread, other.cpu_spread),
+            cpu_first=mean(self.cpu_first, other.cpu_first),
+            tokens_step=mean(self.tokens_step, other.tokens_step),
+            rounds=self.rounds + 1,
+            cpu_low=min(self.cpu_low, other.cpu_low),
+            cpu_high=max(self.cpu_high, other.cpu_high),
+        )
 
     def cpu_seconds(self, steps: int) -> float:
         """Return what so many steps are expected to take."""
@@ -66,9 +94,10 @@ def cost_key(config: RunConfig, stage: str) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def unmeasured(config: RunConfig, costs: Costs) -> list[str]:
-    """Return the stages of a recipe that no pilot has measured."""
-    return [name for name in config.stages if cost_key(config, name) not in costs]
+def unmeasured(config: RunConfig, costs: Costs, *, rounds: int = 1) -> list[str]:
+    """Return the stages of a recipe that fewer than so many pilots have measured."""
+    found = {name: costs.get(cost_key(config, name)) for name in config.stages}
+    return [name for name, cost in found.items() if cost is None or cost.rounds < rounds]
 
 
 def pilot_config(config: RunConfig, stages: Sequence[str], *, steps: int) -> RunConfig:
@@ -105,6 +134,8 @@ def measure(run_dir: Path, *, arm: str, stage: str) -> StageCost:
         cpu_spread=statistics.stdev(typical),
         cpu_first=max(0.0, sum(spent[:WARM_STEPS]) - WARM_STEPS * mean),
         tokens_step=statistics.fmean(float(line["tokens"]) for line in lines),
+        cpu_low=mean,
+        cpu_high=mean,
     )
 
 
@@ -116,45 +147,63 @@ def stage_costs(config: RunConfig, costs: Costs) -> dict[str, StageCost]:
     return {name: costs[cost_key(config, name)] for name in config.stages}
 
 
-def expected(config: RunConfig, costs: Costs, *, budget: Budget) -> float:
-    """Return what a run is expected to use, in the budget's unit (steps: of the last stage)."""
-    if budget is Budget.STEPS:
+def expected(
+    config: RunConfig, costs: Costs, *, budget: Budget, stages: Sequence[str] | None = None
+) -> float:
+    """Return what a run, or some of its stages, will use in the budget's unit.
+
+    For equal steps: of the contrastive stage, where it is of the whole run; else CPU seconds.
+    """
+    if budget is Budget.STEPS and stages is None:
         return float(config.stages[stage_of_pairs(config)].steps)
     found = stage_costs(config, costs)
-    return sum(
-        cost.cpu_seconds(config.stages[name].steps)
-        if budget is Budget.COMPUTE
-        else cost.tokens(config.stages[name].steps)
-        for name, cost in found.items()
-    )
+    total = 0.0
+    for name in config.stages if stages is None else stages:
+        cost, steps = found[name], config.stages[name].steps
+        total += cost.tokens(steps) if budget is Budget.TOKENS else cost.cpu_seconds(steps)
+    return total
 
 
-def fitted(variant: Variant, costs: Costs, *, budget: Budget, amount: float) -> RunConfig:
-    """Return the variant's recipe with the contrastive steps that use `amount` up.
+def fitted(
+    variant: Variant, costs: Costs, *, budget: Budget, amount: float, before: float | None = None
+) -> RunConfig:
+    """Return the variant's recipe with the steps that use `amount` up.
 
-    Raises ValueError if its other stages leave nothing.
+    `before` is what its stages before the contrastive one get of it (for equal steps: on top of
+    it, in CPU seconds); None: the steps they have. Raises ValueError if that leaves nothing.
     """
-    config, last = variant.config, stage_of_pairs(variant.config)
+    tree: dict[str, Any] = variant.config.model_dump(mode="json")
+    earlier, last = reconstruction_stages(variant.config), stage_of_pairs(variant.config)
+    if before is not None and earlier:
+        scale = _scale(variant.config, costs, budget=budget, before=before)
+        for name in earlier:
+            stage = tree["stages"][name]
+            stage["steps"] = max(1, round(stage["steps"] * scale))
+    config = with_warm_up_inside(tree)
     if budget is Budget.STEPS:
         steps = round(amount)
     else:
-        found = stage_costs(config, costs)
-        before = sum(
-            found[name].cpu_seconds(config.stages[name].steps)
-            if budget is Budget.COMPUTE
-            else found[name].tokens(config.stages[name].steps)
-            for name in reconstruction_stages(config)
-        )
-        own = found[last]
-        is_time = budget is Budget.COMPUTE
+        used = expected(config, costs, budget=budget, stages=earlier)
+        own, is_time = stage_costs(config, costs)[last], budget is Budget.COMPUTE
         first, each = (own.cpu_first, own.cpu_step) if is_time else (0.0, own.tokens_step)
-        steps = round((amount - before - first) / each)
+        steps = round((amount - used - first) / each)
         if steps < 1:
             unit = "CPU seconds" if is_time else "tokens"
             raise ValueError(
-                f"{variant.name}: the stages before '{last}' take {before:.0f} of {amount:.0f} "
-                f"{unit} and leave no step of it; lower --reconstruction, or raise the budget"
+                f"the stages before '{last}' take {used:.0f} of {amount:.0f} {unit} and leave no "
+                "step of it; lower --reconstruction, or raise the budget"
             )
-    tree: dict[str, Any] = config.model_dump(mode="json")
     tree["stages"][last]["steps"] = steps
     return with_warm_up_inside(tree)
+
+
+def _scale(config: RunConfig, costs: Costs, *, budget: Budget, before: float) -> float:
+    """Return by what the steps before the contrastive stage are multiplied to use `before`."""
+    found, once, each = stage_costs(config, costs), 0.0, 0.0
+    for name in reconstruction_stages(config):
+        cost, steps = found[name], config.stages[name].steps
+        if budget is Budget.TOKENS:
+            each += cost.tokens(steps)
+        else:
+            once, each = once + cost.cpu_first, each + cost.cpu_step * steps
+    return max(0.0, before - once) / each

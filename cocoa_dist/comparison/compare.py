@@ -5,9 +5,9 @@ any end. The table is written after every run, and says what it lacks.
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cocoa_dist.comparison.arms import (
 from cocoa_dist.comparison.budget import (
     Budget,
     Costs,
+    Split,
     expected,
     fitted,
     unmeasured,
@@ -32,6 +33,7 @@ from cocoa_dist.comparison.facts import run_facts, scores
 from cocoa_dist.comparison.folder import (
     Kept,
     Place,
+    Size,
     check_recipe,
     held,
     keep_recipe,
@@ -46,7 +48,7 @@ from cocoa_dist.comparison.runs import (
     caught_signals,
     command,
     is_done,
-    run_cell,
+    run_cells,
     run_pilots,
     steps_done,
 )
@@ -68,12 +70,19 @@ class Request:
     factors: tuple[float, ...] = (1.0,)
     ablations: tuple[str, ...] = ()
     budget: Budget = Budget.COMPUTE
+    split: Split = Split.REFERENCE
     amount: float | None = None  # in the budget's unit, of every group; None: the reference's
     nproc: int = 1
+    jobs: int = 1  # runs at the same time
     choose: bool = False
     pilots_from: Path | None = None  # another comparison's folder
     words: tuple[str, ...] = ()  # the command itself, for the table
     launcher: tuple[str, ...] = LAUNCHER
+
+    @property
+    def needs_pilots(self) -> bool:
+        """Whether steps cannot be known without pilots."""
+        return self.budget is not Budget.STEPS or self.split is Split.REFERENCE
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,6 +90,7 @@ class Request:
         return {
             "preset": self.preset,
             "budget": self.budget.value,
+            "split": self.split.value,
             "amount": self.amount,
             "nproc": self.nproc,
         }
@@ -101,7 +111,7 @@ class Plan:
     """All rows, and the budget of each group."""
 
     entries: tuple[Entry, ...]
-    amounts: Mapping[float, float]
+    sizes: Mapping[float, Size]
 
     def cells(self, seeds: int) -> Iterator[Cell]:
         """Yield the runs, all rows of a seed before the next seed, none twice."""
@@ -116,43 +126,57 @@ class Plan:
 def make_plan(
     preset: Preset,
     variants: Sequence[Variant],
-    costs: Costs,
+    kept: Kept,
     *,
-    budget: Budget,
-    amount: float | None,
-    settled: Mapping[float, float],
+    request: Request,
     failed: Mapping[str, str],
 ) -> Plan:
-    """Give every variant the steps that its group's budget buys; `settled` are those of before."""
-    entries, amounts = [], {}
-    for factor in dict.fromkeys(variant.factor for variant in variants):
-        if factor in settled:
-            amounts[factor] = settled[factor]
-            continue
-        reference = resolve(preset, preset.reference, factor=factor).config
-        known = budget is Budget.STEPS or not unmeasured(reference, costs)
-        if amount is not None or known:
-            own = amount if amount is not None else expected(reference, costs, budget=budget)
-            amounts[factor] = own
+    """Give every variant the steps that its group's budget buys; what is settled stays."""
+    sizes = {
+        factor: size
+        for factor in dict.fromkeys(variant.factor for variant in variants)
+        if (size := kept.sizes.get(factor) or _size(preset, factor, kept.costs, request=request))
+    }
+    entries = []
     for variant in variants:
-        total = amounts.get(variant.factor)
-        missing = [] if budget is Budget.STEPS else unmeasured(variant.config, costs)
-        if total is None or missing:
+        size = sizes.get(variant.factor)
+        missing = unmeasured(variant.config, kept.costs)
+        if size is None or (missing and request.needs_pilots):
             what = f"of {', '.join(missing)}" if missing else f"of '{preset.reference}'"
             why = failed.get(variant.name, f"no pilot {what} yet")
             entries.append(Entry(variant, None, None, why))
             continue
         try:
-            config = fitted(variant, costs, budget=budget, amount=total)
+            config = fitted(
+                variant,
+                kept.costs,
+                budget=request.budget,
+                amount=size.amount,
+                before=size.before,
+            )
         except ValueError as error:
             entries.append(Entry(variant, None, None, str(error)))
             continue
-        if budget is Budget.STEPS and not reconstruction_stages(config):
+        if request.budget is Budget.STEPS and not reconstruction_stages(config):
             config = config.model_copy(update={"name": variant.label})  # one run for all factors
-        known = not unmeasured(config, costs)
-        cpu = expected(config, costs, budget=Budget.COMPUTE) if known else None
+        cpu = None if missing else expected(config, kept.costs, budget=Budget.COMPUTE)
         entries.append(Entry(variant, config, cpu))
-    return Plan(tuple(entries), amounts)
+    return Plan(tuple(entries), sizes)
+
+
+def _size(preset: Preset, factor: float, costs: Costs, *, request: Request) -> Size | None:
+    """Return a group's budget; None if the reference arm has not been measured."""
+    reference = resolve(preset, preset.reference, factor=factor).config
+    budget = request.budget
+    if request.needs_pilots and unmeasured(reference, costs):
+        return None
+    amount = request.amount
+    if amount is None:
+        amount = expected(reference, costs, budget=budget)
+    earlier = reconstruction_stages(reference)
+    shares = request.split is Split.REFERENCE
+    before = expected(reference, costs, budget=budget, stages=earlier) if shares else None
+    return Size(amount, before)
 
 
 def reference_amount(run_dir: Path, budget: Budget) -> float:
@@ -173,7 +197,7 @@ class Comparison:
     preset: Preset
     variants: Sequence[Variant]
     say: Say
-    kept: Kept = field(default_factory=lambda: Kept({}, {}))
+    kept: Kept
     failed_pilots: dict[str, str] = field(default_factory=dict)
     known: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
@@ -182,17 +206,18 @@ class Comparison:
         """Read preset and folder. Raises ValueError for what the caller has to change."""
         if request.seeds < 1:
             raise ValueError(f"--seeds is {request.seeds}, expected at least 1")
+        if request.jobs < 1:
+            raise ValueError(f"--jobs is {request.jobs}, expected at least 1")
         preset = read_preset(request.preset)
         variants = list_variants(
             preset, arms=request.arms, factors=request.factors, ablations=request.ablations
         )
-        made = cls(request, preset, variants, say)
-        made.kept = read_plan(made.place, request.settings)
+        kept = read_plan(Place(request.out), request.settings)
         if request.pilots_from is not None:
             other = Place(request.pilots_from)
             settings = _settings_of(other, nproc=request.nproc)
-            made.kept.costs = {**read_plan(other, settings).costs, **made.kept.costs}
-        return made
+            kept.costs = {**read_plan(other, settings).costs, **kept.costs}
+        return cls(request, preset, variants, say, kept)
 
     @property
     def place(self) -> Place:
@@ -204,10 +229,8 @@ class Comparison:
         return make_plan(
             self.preset,
             self.variants,
-            self.kept.costs,
-            budget=self.request.budget,
-            amount=self.request.amount,
-            settled=self.kept.amounts,
+            self.kept,
+            request=self.request,
             failed=self.failed_pilots,
         )
 
@@ -218,13 +241,12 @@ class Comparison:
         """
         with held(self.place), caught_signals() as signals:
             for variant in self.variants:  # before anything is measured for it
-                last = stage_of_pairs(variant.config)
-                check_recipe(self.place, variant.config, but_for=last)
+                check_recipe(self.place, variant.config, with_steps=False)
             self._settle({})
-            if self.request.budget is not Budget.STEPS or pilots_only:
+            if self.request.needs_pilots or pilots_only:
                 self._pilots(signals)
             plan = self.plan()
-            self._settle(plan.amounts)
+            self._settle(plan.sizes)
             for entry in plan.entries:
                 if entry.config is not None:
                     keep_recipe(self.place, entry.config)
@@ -233,9 +255,9 @@ class Comparison:
             self._run(plan, signals)
             return 1 if self.write(plan)["missing"] else 0
 
-    def _settle(self, amounts: Mapping[float, float]) -> None:
+    def _settle(self, sizes: Mapping[float, Size]) -> None:
         """Write down what holds for all later calls."""
-        self.kept.amounts |= amounts
+        self.kept.sizes |= sizes
         write_plan(self.place, self.request.settings, self.kept)
 
     def _pilots(self, signals: Signals) -> None:
@@ -248,6 +270,7 @@ class Comparison:
             [*references, *self.variants],
             self.kept.costs,
             steps=self.preset.pilot_steps,
+            rounds=self.preset.pilot_rounds,
             nproc=self.request.nproc,
             say=self.say,
             signals=signals,
@@ -262,25 +285,31 @@ class Comparison:
         waiting = [c for c in cells if not is_done(self.place.run(c.name, c.seed), c.config)]
         if len(cells) > len(waiting):
             self.say(f"{len(cells) - len(waiting)} of {len(cells)} runs are done already")
-        pace = _Pace()
-        for index, cell in enumerate(waiting):
-            left = pace.left([c.cpu_seconds for c in waiting[index:]])
-            self.say(f"[{index + 1}/{len(waiting)}] {cell.name}, seed {cell.seed}{left}")
-            began = time.monotonic()
-            why = run_cell(
-                self.place,
-                cell,
-                nproc=self.request.nproc,
-                say=self.say,
-                signals=signals,
-                launcher=self.request.launcher,
-            )
-            if why is None:
-                pace.add(time.monotonic() - began, cell.cpu_seconds)
-                self.say(f"    done in {time.monotonic() - began:.0f} s")
-            else:
-                self.say(f"FAILED  {cell.name}, seed {cell.seed}: {why}")
-            self.write(plan)
+        pace = _Pace(self.request.jobs)
+        total = len(waiting)
+        if waiting:
+            self.say(f"{total} runs to go{pace.left([c.cpu_seconds for c in waiting])}")
+        results = run_cells(
+            self.place,
+            waiting,
+            jobs=self.request.jobs,
+            nproc=self.request.nproc,
+            say=self.say,
+            signals=signals,
+            launcher=self.request.launcher,
+        )
+        with closing(results):
+            for index, result in enumerate(results, start=1):
+                cell = result.cell
+                waiting.remove(cell)
+                name = f"[{index}/{total}] {cell.name}, seed {cell.seed}"
+                if result.why is None:
+                    pace.add(result.seconds, cell.cpu_seconds)
+                    left = pace.left([c.cpu_seconds for c in waiting])
+                    self.say(f"{name}: done in {result.seconds:.0f} s{left}")
+                else:
+                    self.say(f"FAILED  {name}: {result.why}")
+                self.write(plan)
 
     def write(self, plan: Plan) -> dict[str, Any]:
         """Write methods.md, .html and .json of what is there; return the content."""
@@ -289,7 +318,7 @@ class Comparison:
             rows,
             preset=self.preset,
             settings=self.request.settings,
-            amounts=plan.amounts,
+            sizes={factor: asdict(size) for factor, size in plan.sizes.items()},
             costs=self.kept.costs,
             commands=self._commands(plan),
             choose=self.request.choose,
@@ -373,8 +402,8 @@ class Comparison:
 class _Pace:
     """Wall seconds that a CPU second takes here, from the runs of this call."""
 
-    def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.wall, self.cpu = jobs, 0.0, 0.0
 
     def add(self, wall: float, cpu: float | None) -> None:
         """Count a run that was trained."""
@@ -387,7 +416,7 @@ class _Pace:
         cpu = sum(c or 0.0 for c in waiting)
         if not self.cpu:
             return f"; {cpu / 60:.0f} CPU minutes to go, evaluation and starts not counted"
-        return f"; about {cpu * self.wall / self.cpu / 60:.0f} minutes left"
+        return f"; about {cpu * self.wall / self.cpu / self.jobs / 60:.0f} minutes left"
 
 
 def describe(comparison: Comparison) -> str:
@@ -415,8 +444,10 @@ def describe(comparison: Comparison) -> str:
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, width, strict=True)).rstrip() for row in rows
     ]
-    for factor, amount in plan.amounts.items():
-        lines.append(f"budget at {factor:g}x reconstruction: {amount:.0f} ({request.budget.value})")
+    for factor, size in plan.sizes.items():
+        share = "" if size.before is None else f", {size.before:.0f} of it before the last stage"
+        kind = request.budget.value
+        lines.append(f"budget at {factor:g}x reconstruction, {kind}: {size.amount:.0f}{share}")
     lines.append(f"to train: {total:.0f} CPU seconds ({total / 3600:.1f} hours)")
     if unknown or none:
         lines.append("not all is known: --pilots measures what a step of each stage costs")

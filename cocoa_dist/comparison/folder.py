@@ -9,6 +9,7 @@ A second call with other settings, or with an arm that is another than before, i
 
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from cocoa_dist.manifest import write_atomic
 
 PLAN_NAME = "plan.json"
 SCHEMA_VERSION = 1
+_STEPS = re.compile(r"stages\.[^.]+\.(steps|optimizer\.warmup_steps):")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,20 @@ class Place:
         return self.root / "logs" / f"{name}-seed{seed}.failed"
 
 
+@dataclass(frozen=True)
+class Size:
+    """The budget of a group, in the budget's unit."""
+
+    amount: float
+    before: float | None  # of the stages before the contrastive one; None: their recipe's steps
+
+
 @dataclass
 class Kept:
     """What is settled by a first call and holds for all later ones."""
 
     costs: dict[str, StageCost]  # of pilots, by cost_key
-    amounts: dict[float, float]  # the budget of each factor
+    sizes: dict[float, Size]  # the budget of each factor
 
 
 def read_plan(place: Place, settings: dict[str, Any]) -> Kept:
@@ -69,7 +79,7 @@ def read_plan(place: Place, settings: dict[str, Any]) -> Kept:
     try:
         content = json.loads(path.read_bytes())
         version, before, pilots = (content[k] for k in ("schema_version", "settings", "pilots"))
-        amounts = {float(factor): float(found) for factor, found in content["amounts"].items()}
+        sizes = {float(factor): Size(**found) for factor, found in content["sizes"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): give another --out") from error
     if version != SCHEMA_VERSION:
@@ -85,7 +95,7 @@ def read_plan(place: Place, settings: dict[str, Any]) -> Kept:
             f"{place.root} holds a comparison with other settings, and its runs would not be on "
             f"equal footing with new ones:\n{listed}\ngive these as they were, or another --out"
         )
-    return Kept({key: StageCost(**cost) for key, cost in pilots.items()}, amounts)
+    return Kept({key: StageCost(**cost) for key, cost in pilots.items()}, sizes)
 
 
 def write_plan(place: Place, settings: dict[str, Any], kept: Kept) -> None:
@@ -94,23 +104,22 @@ def write_plan(place: Place, settings: dict[str, Any], kept: Kept) -> None:
     content = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings,
-        "amounts": {str(factor): amount for factor, amount in kept.amounts.items()},
+        "sizes": {str(factor): asdict(size) for factor, size in kept.sizes.items()},
         "pilots": {key: asdict(cost) for key, cost in kept.costs.items()},
     }
     write_atomic(place.root / PLAN_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def check_recipe(place: Place, config: RunConfig, *, but_for: str | None = None) -> None:
-    """See that a row's recipe is the one of before, if it has begun, but for a stage's steps.
+def check_recipe(place: Place, config: RunConfig, *, with_steps: bool = True) -> None:
+    """See that a row's recipe is the one of before, if it has begun; steps too, or not yet.
 
     Raises ValueError naming the keys that differ.
     """
     path = place.recipe(config.name)
     if not path.is_file():
         return
-    free = (f"stages.{but_for}.steps:", f"stages.{but_for}.optimizer.warmup_steps:")
     found = differences(load_resolved(path), config, free=False)
-    changed = [line for line in found if not line.startswith(free)]
+    changed = [line for line in found if with_steps or not _STEPS.match(line)]
     if changed:
         listed = "\n".join(f"  {line}" for line in changed)
         raise ValueError(

@@ -66,6 +66,9 @@ def group_title(group: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         settings["budget"], "contrastive steps"
     )
     amount = "" if group["budget"] is None else f", {group['budget']:.0f} {unit}"
+    if group["budget_before"] is not None:
+        kind = "tokens" if settings["budget"] == "equal-tokens" else "CPU seconds"
+        amount += f" ({group['budget_before']:.0f} {kind} before the contrastive stage)"
     return f"Reconstruction {group['reconstruction']:g}x{amount}"
 
 
@@ -186,11 +189,15 @@ def _data(content: Mapping[str, Any]) -> list[str]:
 
 
 def _pilots(content: Mapping[str, Any]) -> list[str]:
-    rows = [["arm", "stage", "steps", "CPU seconds a step", "first steps, extra", "tokens a step"]]
+    rows = [
+        ["arm", "stage", "pilots", "CPU s a step", "of a pilot", "first steps", "tokens a step"]
+    ]
     for cost in content["pilots"]:
         each = f"{cost['cpu_step']:.3f} ± {cost['cpu_spread']:.3f}"
-        numbers = [each, f"{cost['cpu_first']:.2f}", f"{cost['tokens_step']:.0f}"]
-        rows.append([cost["arm"], cost["stage"], str(cost["steps"]), *numbers])
+        between = f"{cost['cpu_low']:.3f} to {cost['cpu_high']:.3f}"
+        numbers = [each, between, f"+{cost['cpu_first']:.2f}", f"{cost['tokens_step']:.0f}"]
+        pilots = f"{cost['rounds']} x {cost['steps']} steps"
+        rows.append([cost["arm"], cost["stage"], pilots, *numbers])
     return table(rows) if len(rows) > 1 else ["None: this budget needs none."]
 
 

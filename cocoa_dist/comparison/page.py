@@ -13,7 +13,8 @@ from cocoa_dist.comparison.markdown import render as render_markdown
 from cocoa_dist.report.theme import STYLE
 
 _MORE_STYLE = """
-main { max-width: 1280px; } td, th { white-space: nowrap; } h2 { margin-top: 56px; }
+main { max-width: 1280px; } th, td { text-align: left; white-space: nowrap; }
+h2 { margin-top: 56px; }
 h3 { margin-top: 28px; } pre { overflow-x: auto; font-size: 13px; }
 .chart { max-width: 720px; }
 """

@@ -1,4 +1,4 @@
-"""Runs what is missing of a comparison, one run after the other, by the launcher.
+"""Runs what is missing of a comparison, by the launcher.
 
 A run that fails is named and the others go on; killed at any moment, the same call goes on from
 the last checkpoint. Nothing is kept in memory that the folder does not say.
@@ -11,9 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -48,7 +48,7 @@ class InterruptedByUserError(Exception):
         self.code = 128 + number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One run: a row with a seed."""
 
@@ -65,10 +65,10 @@ class Cell:
 
 @dataclass
 class Signals:
-    """Signals of this call: passed on to the launcher, which saves and leaves."""
+    """Signals of this call: passed on to the launchers, which save and leave."""
 
     number: int | None = None
-    child: subprocess.Popen[bytes] | None = None
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def catch(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal and pass it on."""
@@ -76,9 +76,10 @@ class Signals:
         self.pass_on()
 
     def pass_on(self) -> None:
-        """Tell the launcher, if a signal has come and it runs."""
-        if self.number is not None and self.child is not None and self.child.poll() is None:
-            self.child.send_signal(signal.SIGTERM)
+        """Tell the launchers that run, if a signal has come."""
+        for child in self.children if self.number is not None else ():
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
 
     def check(self) -> None:
         """Raise InterruptedByUserError if a signal has come."""
@@ -118,36 +119,68 @@ def command(place: Place, cell: Cell, *, nproc: int, launcher: Sequence[str]) ->
     return [*launcher, *words]
 
 
-def run_cell(
+@dataclass(frozen=True)
+class Result:
+    """How one cell ended; `why` it failed, or None."""
+
+    cell: Cell
+    why: str | None
+    seconds: float
+
+
+def run_cells(
     place: Place,
-    cell: Cell,
+    cells: Sequence[Cell],
     *,
+    jobs: int,
     nproc: int,
     say: Say,
     signals: Signals,
     launcher: Sequence[str] = LAUNCHER,
-) -> str | None:
-    """Train one cell to its end; return None, or in a line why it failed.
+) -> Generator[Result, None, None]:
+    """Train cells to their ends, `jobs` at a time in their order; yield each as it ends.
 
-    Raises InterruptedByUserError if a signal came.
+    Raises InterruptedByUserError if a signal came, once the launchers have saved and left.
     """
-    failure = place.failure(cell.name, cell.seed)
-    failure.unlink(missing_ok=True)
-    run_dir = place.run(cell.name, cell.seed)
+    waiting, active = list(cells), dict[Cell, _Child]()
+    told = time.monotonic()
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs and signals.number is None:
+                cell = waiting.pop(0)
+                place.failure(cell.name, cell.seed).unlink(missing_ok=True)
+                words = command(place, cell, nproc=nproc, launcher=launcher)
+                active[cell] = _Child(words, log=place.log(cell.name, cell.seed), signals=signals)
+            if not active:
+                signals.check()
+            for cell in [cell for cell, child in active.items() if not child.runs()]:
+                child = active.pop(cell)
+                if signals.number is None:
+                    yield _ended(place, cell, child)
+            if time.monotonic() - told > _TOLD_EVERY_SECONDS:
+                told = time.monotonic()
+                for cell in active:
+                    say(f"    {_progress(place, cell)}")
+            time.sleep(_POLL_SECONDS if active else 0)
+        signals.check()
+    finally:
+        for child in active.values():
+            child.kill()
+
+
+def _ended(place: Place, cell: Cell, child: "_Child") -> Result:
+    seconds = time.monotonic() - child.began
+    if child.code == 0 and is_done(place.run(cell.name, cell.seed), cell.config):
+        return Result(cell, None, seconds)
+    why = _reason(place.log(cell.name, cell.seed), child.code)
+    write_atomic(place.failure(cell.name, cell.seed), f"{why}\n".encode())
+    return Result(cell, why, seconds)
+
+
+def _progress(place: Place, cell: Cell) -> str:
     total = sum(stage.steps for stage in cell.config.stages.values())
-    code = _launch(
-        command(place, cell, nproc=nproc, launcher=launcher),
-        log=place.log(cell.name, cell.seed),
-        tick=lambda: say(
-            f"    {cell.name} seed {cell.seed}: step {steps_done(run_dir)} of {total}"
-        ),
-        signals=signals,
-    )
-    if code == 0 and is_done(run_dir, cell.config):
-        return None
-    why = _reason(place.log(cell.name, cell.seed), code)
-    write_atomic(failure, f"{why}\n".encode())
-    return why
+    done = steps_done(place.run(cell.name, cell.seed))
+    return f"{cell.name}, seed {cell.seed}: step {done} of {total}"
 
 
 def run_pilots(
@@ -156,6 +189,7 @@ def run_pilots(
     costs: dict[str, StageCost],
     *,
     steps: int,
+    rounds: int,
     nproc: int,
     say: Say,
     signals: Signals,
@@ -168,60 +202,85 @@ def run_pilots(
     measured once. Raises InterruptedByUserError if a signal came.
     """
     failed: dict[str, str] = {}
-    for variant in variants:
-        stages = unmeasured(variant.config, costs)
-        if not stages:
-            continue
-        config = pilot_config(variant.config, stages, steps=steps)
-        folder = place.root / "pilots" / variant.name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_name(f"{variant.name}.yaml")
-        write_atomic(path, dump_yaml(config).encode())
-        shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed: seconds of work
-        say(f"  pilot of {variant.name}: {steps} steps of {', '.join(stages)}")
-        log = place.root / "logs" / f"pilot-{variant.name}.log"
-        words = [*launcher, str(path), "--run-dir", str(folder), "--nproc", str(nproc)]
-        code = _launch(words, log=log, tick=lambda: None, signals=signals)
-        if code != 0 or not is_done(folder, config):
-            failed[variant.name] = f"its pilot failed: {_reason(log, code)}"
-            continue
-        for stage in stages:
-            key = cost_key(variant.config, stage)
-            costs[key] = measure(folder, arm=variant.name, stage=stage)
-        keep()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for number in range(1, rounds + 1):
+        for variant in variants:
+            stages = unmeasured(variant.config, costs, rounds=number)
+            if not stages or variant.name in failed:
+                continue
+            config = pilot_config(variant.config, stages, steps=steps)
+            folder = place.root / "pilots" / variant.name
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            path = folder.with_name(f"{variant.name}.yaml")
+            write_atomic(path, dump_yaml(config).encode())
+            shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed: seconds of work
+            said = f"  pilot {number} of {rounds} of {variant.name}"
+            say(f"{said}: {steps} steps of {', '.join(stages)}")
+            log = place.root / "logs" / f"pilot-{variant.name}.log"
+            words = [*launcher, str(path), "--run-dir", str(folder), "--nproc", str(nproc)]
+            code = _launch(words, log=log, signals=signals)
+            if code != 0 or not is_done(folder, config):
+                failed[variant.name] = f"its pilot failed: {_reason(log, code)}"
+                continue
+            for stage in stages:
+                key = cost_key(variant.config, stage)
+                found = measure(folder, arm=variant.name, stage=stage)
+                costs[key] = costs[key].with_round(found) if key in costs else found
+            keep()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return failed
 
 
-def _launch(words: Sequence[str], *, log: Path, tick: Callable[[], None], signals: Signals) -> int:
-    """Run a command to its end, its words in a log; it dies with this process."""
+def _launch(words: Sequence[str], *, log: Path, signals: Signals) -> int:
+    """Run a command to its end; return its exit code."""
     signals.check()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    told = time.monotonic()
-    with log.open("wb") as file:
-        child = subprocess.Popen(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            preexec_fn=partial(_die_with, os.getpid()),
-            start_new_session=True,  # a signal reaches it once, through `Signals`
-        )
-        signals.child = child
+    child = _Child(words, log=log, signals=signals)
+    try:
+        while child.runs():
+            time.sleep(_POLL_SECONDS)
+    finally:
+        child.kill()
+    signals.check()
+    return child.code
+
+
+class _Child:
+    """A launcher at work, its words in a log; it dies with this process, and hears its signals."""
+
+    def __init__(self, words: Sequence[str], *, log: Path, signals: Signals) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.signals, self.began = signals, time.monotonic()
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                list(words),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=partial(_die_with, os.getpid()),
+                start_new_session=True,  # a signal reaches it once, through `Signals`
+            )
+        signals.children.append(self.process)
         signals.pass_on()  # it may have come while the child was being started
-        try:
-            while child.poll() is None:
-                time.sleep(_POLL_SECONDS)
-                if time.monotonic() - told > _TOLD_EVERY_SECONDS:
-                    told = time.monotonic()
-                    tick()
-        finally:
-            signals.child = None
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    signals.check()
-    return child.returncode
+
+    def runs(self) -> bool:
+        """Say whether it still runs."""
+        if self.process.poll() is None:
+            return True
+        if self.process in self.signals.children:
+            self.signals.children.remove(self.process)
+        return False
+
+    @property
+    def code(self) -> int:
+        """Its exit code, once it has ended."""
+        assert self.process.returncode is not None, "asked for children that have ended"
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """End it at once, if it still runs."""
+        if self.runs():
+            self.process.kill()
+            self.process.wait()
+            self.runs()
 
 
 def _die_with(parent: int) -> None:

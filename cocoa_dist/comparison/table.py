@@ -45,7 +45,7 @@ def build(
     *,
     preset: Preset,
     settings: Mapping[str, Any],
-    amounts: Mapping[float, float],
+    sizes: Mapping[float, Mapping[str, Any]],
     costs: Costs,
     commands: Sequence[str],
     choose: bool,
@@ -61,7 +61,8 @@ def build(
         groups.append(
             {
                 "reconstruction": factor,
-                "budget": amounts.get(factor),
+                "budget": sizes.get(factor, {}).get("amount"),
+                "budget_before": sizes.get(factor, {}).get("before"),
                 "control": preset.control,
                 "cpu_within_per_cent": spread_in_per_cent(cpu),
                 "tokens_within_per_cent": spread_in_per_cent(tokens),

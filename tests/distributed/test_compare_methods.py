@@ -20,6 +20,7 @@ PRESET = {
     "validation": {"validation": {"path": "asset:emoji/validation", "limit": 20}},
     "curve_every_steps": 4,
     "pilot_steps": 6,
+    "pilot_rounds": 1,
     "arms": {
         "alone": {
             "about": "contrastive alone",

@@ -18,13 +18,23 @@ import yaml
 
 from cocoa_dist.comparison import compare, markdown, table
 from cocoa_dist.comparison.arms import Preset, list_variants, preset_names, read_preset, resolve
-from cocoa_dist.comparison.budget import Budget, StageCost, cost_key, expected, fitted, measure
+from cocoa_dist.comparison.budget import (
+    Budget,
+    Split,
+    StageCost,
+    cost_key,
+    expected,
+    fitted,
+    measure,
+)
 from cocoa_dist.comparison.compare import Comparison, Request
 from cocoa_dist.comparison.folder import Place
 from cocoa_dist.comparison.runs import InterruptedByUserError
 from cocoa_dist.comparison.statistics import paired, sampling_error, spread_in_per_cent, summarise
 from cocoa_dist.config import ConfigError
 
+STAGE = "joint_reconstruction"
+EXTRA = 2.0  # CPU seconds of the stand-in's first step beyond the others
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_launcher.py")))
 CONTROL = {
     "extends": "debug",
@@ -42,6 +52,7 @@ PRESET = {
     "validation": {"validation": {"path": "asset:emoji/validation"}},
     "curve_every_steps": 4,
     "pilot_steps": 8,
+    "pilot_rounds": 1,
     "arms": {
         "alone": {"about": "control", "recipe": CONTROL},
         "whole": {"about": "three stages", "recipe": {"extends": "debug"}},
@@ -110,7 +121,7 @@ def starts(tmp_path) -> dict[str, int]:
 
 
 def cost(step: float, *, first: float = 0.0, tokens: float = 10.0) -> StageCost:
-    return StageCost("arm", "stage", 8, step, 0.0, first, tokens)
+    return StageCost("arm", "stage", 8, step, 0.0, first, tokens, 1, step, step)
 
 
 # What is compared
@@ -194,6 +205,12 @@ def test_the_contrastive_stage_gets_what_the_budget_leaves() -> None:
     assert config.stages["contrastive"].steps == (1000 - 160) / 10
     config = fitted(variant, costs, budget=Budget.STEPS, amount=77)
     assert [stage.steps for stage in config.stages.values()] == [8, 8, 77]
+    # twice what they take, in the recipe's proportion: 13 = 1 + n * (0.5 + 0.25)
+    config = fitted(variant, costs, budget=Budget.COMPUTE, amount=30.0, before=13.0)
+    steps = [16, 16, round((30 - 13 - 2) / 0.2)]
+    assert [stage.steps for stage in config.stages.values()] == steps
+    config = fitted(variant, costs, budget=Budget.TOKENS, amount=1000.0, before=400.0)
+    assert [stage.steps for stage in config.stages.values()] == [20, 20, 60]
     with pytest.raises(ValueError, match="take 7 of 7 CPU seconds and leave no step"):
         fitted(variant, costs, budget=Budget.COMPUTE, amount=7.0)
 
@@ -209,6 +226,26 @@ def test_a_pilot_tells_first_steps_from_the_others(tmp_path) -> None:
     assert found.cpu_seconds(6) == pytest.approx(sum(spent))
     with pytest.raises(ValueError, match="steps of stage 't' were timed"):
         measure(tmp_path, arm="a", stage="t")
+
+
+def test_pilots_are_averaged_over_rounds() -> None:
+    found = cost(1.0).with_round(cost(2.0, first=3.0)).with_round(cost(6.0))
+    assert (found.cpu_step, found.cpu_first, found.rounds) == (3.0, 1.0, 3)
+    assert found.cpu_high == 6.0
+
+
+def test_arms_share_the_references_reconstruction_budget(preset_file, tmp_path, scored) -> None:
+    tree = yaml.safe_load(preset_file.read_text())
+    stages = {"eos_bridged_reconstruction": None, "contrastive": {"init_from": STAGE}}
+    tree["arms"]["joint"] = {"about": "one", "recipe": {"extends": "debug", "stages": stages}}
+    preset_file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert go(request(preset_file, tmp_path, seeds=1, arms=("joint", "whole"))) == 0
+    _, joint, whole = content_of(tmp_path)["groups"][0]["rows"]
+    before = 8 * 0.1 + 8 * 0.2 + 2 * EXTRA  # of the reference, which is `whole`
+    assert joint["steps"][STAGE] == round((before - EXTRA) / 0.1)
+    assert list(whole["steps"].values()) == [8, 8, 8]
+    # a contrastive step takes 0.3 s in `whole` and, by the same pilot, in `joint`
+    assert joint["steps"]["contrastive"] == 8
 
 
 def test_steps_cost_alike_where_only_their_number_differs() -> None:
@@ -290,7 +327,7 @@ def test_a_comparison_is_what_its_runs_say(preset_file, tmp_path, scored) -> Non
 
 def test_nothing_is_trained_twice_and_seeds_may_grow(preset_file, tmp_path, scored) -> None:
     assert go(request(preset_file, tmp_path, seeds=1)) == 0
-    assert go(request(preset_file, tmp_path, seeds=3)) == 0
+    assert go(request(preset_file, tmp_path, seeds=3, jobs=3)) == 0
     assert set(starts(tmp_path).values()) == {1}
     assert len(starts(tmp_path)) == 6
     assert content_of(tmp_path)["groups"][0]["rows"][1]["scores"]["unseen/t2i/r1"]["n"] == 3
@@ -302,7 +339,9 @@ def test_a_failed_arm_is_named_and_the_others_go_on(
     monkeypatch.setenv("FAKE_FAIL", "alone")
     said = []
     assert go(request(preset_file, tmp_path), said) == 1
-    assert any(line.startswith("FAILED  alone, seed 0: exit code 93: a rank") for line in said)
+    assert any(
+        line.startswith("FAILED  [1/4] alone, seed 0: exit code 93: a rank") for line in said
+    )
     content = content_of(tmp_path)
     assert [(m["row"], m["seed"]) for m in content["missing"]] == [("alone", 0), ("alone", 1)]
     words = (tmp_path / "out" / "methods.md").read_text()
@@ -367,7 +406,14 @@ def test_a_run_of_another_recipe_is_not_taken_for_the_arms(preset_file, tmp_path
 def test_at_equal_steps_an_arm_without_reconstruction_serves_all_factors(
     preset_file, tmp_path, scored
 ) -> None:
-    asked = request(preset_file, tmp_path, seeds=1, budget=Budget.STEPS, factors=(1.0, 3.0))
+    asked = request(
+        preset_file,
+        tmp_path,
+        seeds=1,
+        budget=Budget.STEPS,
+        split=Split.RECIPE,
+        factors=(1.0, 3.0),
+    )
     assert go(asked) == 0
     assert set(starts(tmp_path)) == {"alone/seed0", "whole/seed0", "whole-3x/seed0"}
     groups = content_of(tmp_path)["groups"]
@@ -392,7 +438,7 @@ def test_a_signal_reaches_the_launcher_and_the_call_leaves(
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(InterruptedByUserError, match="SIGTERM; the same command") as caught:
-        go(request(preset_file, tmp_path, budget=Budget.STEPS))
+        go(request(preset_file, tmp_path, budget=Budget.STEPS, split=Split.RECIPE))
     thread.join()
     assert caught.value.code == 143
     assert (run_dir / "told").read_text() == "TERM"
@@ -438,7 +484,7 @@ def test_settings_are_chosen_by_validation_and_not_by_held_out_scores() -> None:
         row_of(preset, "whole", held_out=[99], validation=[99], ablation="mask", value=0.9),
     ]
     content = table.build(
-        rows, preset=preset, settings={}, amounts={}, costs={}, commands=(), choose=True
+        rows, preset=preset, settings={}, sizes={}, costs={}, commands=(), choose=True
     )
     alone, cocoa = content["groups"][0]["chosen"]
     assert (alone["method"], alone["row"]) == ("contrastive", "alone")
@@ -459,7 +505,7 @@ def test_an_ablation_of_the_data_is_compared_with_the_control_on_the_same_data()
         row_of(preset, "whole", held_out=[25], validation=[1], **few),
     ]
     content = table.build(
-        rows, preset=preset, settings={}, amounts={}, costs={}, commands=(), choose=False
+        rows, preset=preset, settings={}, sizes={}, costs={}, commands=(), choose=False
     )
     found = content["groups"][0]["rows"]
     assert found[2]["control"] == "alone-pairs-32"
