@@ -5,6 +5,7 @@ any end. The table is written after every run, and says what it lacks.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -392,7 +393,7 @@ class Comparison:
     def _commands(self, plan: Plan) -> list[str]:
         launcher = ("python", "-m", "launcher", "run")
         each = [
-            " ".join(command(self.place, cell, nproc=self.request.nproc, launcher=launcher))
+            shlex.join(command(self.place, cell, nproc=self.request.nproc, launcher=launcher))
             for cell in plan.cells(self.request.seeds)
         ]
         whole = [" ".join(self.request.words)] if self.request.words else []

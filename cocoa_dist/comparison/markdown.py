@@ -126,6 +126,10 @@ def _scores(content: Mapping[str, Any], group: Mapping[str, Any], split: str) ->
                 key = f"{split}/{way}/{cut}"
                 cells.append(_cell(row["scores"][key], (row["differences"] or {}).get(key)))
         rows.append([row["label"], str(len(row["runs"])), *cells])
+    chance = content["chance"].get(split)
+    if chance:
+        levels = [f"{chance[cut]:.1f}" for _ in WAYS for cut in CUTOFFS]
+        rows.append(["(chance)", "", *levels])
     return [f"### {split}{note}", "", *table(rows), ""]
 
 
@@ -174,16 +178,31 @@ def _used(group: Mapping[str, Any]) -> list[str]:
 
 
 def _data(content: Mapping[str, Any]) -> list[str]:
-    rows = [["arm", "stage", "view", "data sets (records)", "samples", "passes", "skipped, bad"]]
+    heads = [
+        "data sets (records)",
+        "samples",
+        "passes",
+        "skipped, bad",
+        "loss, first to last tenth",
+    ]
+    rows = [["arm", "stage", "view", *heads]]
     for group in content["groups"]:
         for row in group["rows"]:
             run = next(iter(row["runs"].values()), None)
-            for stage, facts in run["stages"].items() if run else ():
+            if run is None:
+                continue
+            for stage, facts in run["stages"].items():
                 sets = ", ".join(
                     f"{one['path']} ({one['records']})" for one in facts["data"].values()
                 )
                 faults = f"{facts['skipped_steps']}, {facts['bad_records']}"
-                counts = [str(facts["samples"]), f"{facts['passes']:.1f}", faults]
+                ends = (f"{x:.2f}" if x is not None else "-" for x in run["losses"][stage])
+                counts = [
+                    str(facts["samples"]),
+                    f"{facts['passes']:.1f}",
+                    faults,
+                    " to ".join(ends),
+                ]
                 rows.append([row["name"], stage, facts["view"], sets, *counts])
     return table(rows) if len(rows) > 1 else ["No run has finished yet."]
 

@@ -75,7 +75,8 @@ def build(
         "settings": dict(settings),
         "held_out": list(preset.held_out),
         "validation": list(preset.validation),
-        "queries": _queries(rows),
+        "queries": {name: int(found["n"]) for name, found in _any_scores(rows).items()},
+        "chance": {name: dict(found["chance"]) for name, found in _any_scores(rows).items()},
         "groups": groups,
         "pilots": [asdict(cost) for cost in costs.values()],
         "missing": [
@@ -187,9 +188,6 @@ def _chosen(
     return found
 
 
-def _queries(rows: Sequence[Row]) -> dict[str, int]:
-    """Return the number of pairs of each set, from the first run that was scored."""
-    for row in rows:
-        for splits in row.scores.values():
-            return {name: int(found["n"]) for name, found in splits.items()}
-    return {}
+def _any_scores(rows: Sequence[Row]) -> Mapping[str, Any]:
+    """Return the scores of the first run that has any, by set: sizes and chance are all runs'."""
+    return next((scores for row in rows for scores in row.scores.values()), {})

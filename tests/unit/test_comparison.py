@@ -91,7 +91,13 @@ def scored(monkeypatch):
         base = {"alone": 40.0, "whole": 45.0}.get(config.name, 50.0)
         shift = {0: 0.0, 1: 3.0, 2: 5.0}[config.seed] + (config.name == "whole") * config.seed
         cuts = {cut: base + shift + n for n, cut in enumerate(("r1", "r5", "r10"))}
-        found = {"n": 100, "chance": {}, "t2i": cuts, "i2t": {k: v + 2 for k, v in cuts.items()}}
+        chance = {"r1": 1.0, "r5": 5.0, "r10": 10.0}
+        found = {
+            "n": 100,
+            "chance": chance,
+            "t2i": cuts,
+            "i2t": {k: v + 2 for k, v in cuts.items()},
+        }
         return {"unseen": found, "validation": found}
 
     monkeypatch.setattr(compare, "scores", scores)
@@ -319,6 +325,8 @@ def test_a_comparison_is_what_its_runs_say(preset_file, tmp_path, scored) -> Non
     said = (tmp_path / "out" / "methods.md").read_text()
     assert "whole, unseen, R@10 (mean of both ways): 5.5 points above alone over 2 seed(s)" in said
     assert "| whole | 2 | 47.0 ± 2.8 (**+5.5 ± 0.7**)" in said
+    assert "| (chance) |  | 1.0 | 10.0 | 1.0 | 10.0 |" in said
+    assert "0, 0 | 1.00 to 0.12 |" in said  # the stand-in's loss is 1 / step
     page = (tmp_path / "out" / "methods.html").read_text()
     assert "<b>+5.5 ± 0.7</b>" in page
     assert "<svg" in page
