@@ -394,6 +394,36 @@ def test_a_budget_is_settled_once(preset_file, tmp_path, scored) -> None:
     assert set(starts(tmp_path).values()) == {1}
 
 
+def test_pilots_of_another_comparison_serve(preset_file, tmp_path, scored) -> None:
+    first = tmp_path / "first"
+    assert go(request(preset_file, tmp_path, seeds=1, out=first)) == 0
+    asked = request(preset_file, tmp_path, seeds=1, budget=Budget.STEPS, pilots_from=first)
+    assert go(asked) == 0
+    assert not (tmp_path / "out" / "pilots").exists()
+    costs = [json.loads((f / "plan.json").read_text())["pilots"] for f in (first, asked.out)]
+    assert costs[0] == costs[1]
+    with pytest.raises(ValueError, match="its pilots ran on 1 processes, this comparison runs on"):
+        go(request(preset_file, tmp_path, out=tmp_path / "new", pilots_from=first, nproc=2))
+    with pytest.raises(ValueError, match=r"--pilots-from .* cannot be read"):
+        go(request(preset_file, tmp_path, out=tmp_path / "new", pilots_from=tmp_path))
+
+
+def test_the_table_can_be_written_of_what_is_there(preset_file, tmp_path, scored) -> None:
+    """By --table-only, also while another call trains."""
+    asked = request(preset_file, tmp_path, seeds=1)
+    assert go(asked) == 0
+    for name in ("methods.md", "methods.html", "methods.json"):
+        (tmp_path / "out" / name).unlink()
+    more = Comparison.of(request(preset_file, tmp_path, seeds=2), say=print)
+    content = more.write(more.plan())
+    assert [(m["row"], m["why"]) for m in content["missing"]] == [
+        ("alone", "not run yet"),
+        ("whole", "not run yet"),
+    ]
+    assert "This table is partial" in (tmp_path / "out" / "methods.md").read_text()
+    assert (tmp_path / "out" / "methods.html").is_file()
+
+
 def test_other_settings_want_another_folder(preset_file, tmp_path, scored) -> None:
     assert go(request(preset_file, tmp_path, seeds=1)) == 0
     with pytest.raises(ValueError, match="budget: 'equal-compute' -> 'equal-steps'"):
