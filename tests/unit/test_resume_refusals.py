@@ -28,6 +28,8 @@ UNSAFE = (  # one change of every kind of key that decides the numbers
     "model.bridge_token=<|endoftext|>",
     "model.mask_token=<|hidden|>",
     "model.new_tokens=[<|a|>]",
+    "model.compression_tokens=2",
+    "model.num_bridge_tokens=2",
     "model.checkpoint_activations=true",
     "model.compile_layers=true",
     "data.tokens_per_pack=256",
@@ -64,6 +66,7 @@ SAFE = (  # how a run is watched, fed and kept
     "metrics.log_every_steps=3",
     "evaluation.batch_size=2",
     "export.licence=MIT",
+    "budget_gpu_hours=5.0",
 )
 
 
