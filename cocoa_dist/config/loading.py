@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from cocoa_dist.config.errors import ConfigError, explain, nearest
+from cocoa_dist.config.files import read_mapping
 from cocoa_dist.config.metadataset import read_metadataset
 from cocoa_dist.config.schema import RunConfig
 
@@ -183,15 +184,7 @@ def _is_free(key: str) -> bool:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, expected keys and values")
-    return _unshared(tree)
+    return _unshared(read_mapping(path))
 
 
 def _unshared(tree: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from cocoa_dist.config.errors import ConfigError, nearest
+from cocoa_dist.config.files import read_mapping
 
 SPLIT = "train"  # the only one that a stage reads
 NAME_KEY = "source"  # among a reference's subflavors: what the data set is called
@@ -64,7 +63,7 @@ def part_name(subflavors: Mapping[str, Any] | None, path: str) -> str:
 def _of_file(path: Path, *, above: _Parent, seen: Sequence[Path]) -> list[dict[str, Any]]:
     if path in seen:
         raise ConfigError(f"{path} holds itself: {' -> '.join(p.name for p in (*seen, path))}")
-    tree = _read(path)
+    tree = read_mapping(path, expected="a metadataset")
     kind = tree.get("__class__")
     if kind != "MetadatasetV2" or tree.get("__module__") != "megatron.energon":
         raise ConfigError(
@@ -232,15 +231,3 @@ def _check_keys(tree: Mapping[str, Any], where: _Where, *, known: Sequence[str])
             raise ConfigError(f"{where}.{key}: a plan cannot have {_REFUSED[key]}")
         if key not in _REFUSED:
             raise ConfigError(f"{where}.{key}: unknown key{nearest(str(key), known)}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, expected a metadataset")
-    return tree
