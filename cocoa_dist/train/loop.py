@@ -242,7 +242,8 @@ class StageRun:
 
     def _one_step(self, step: int) -> StageEnd | None:
         self.profiling.begin(step)
-        begin, cpu_begin, peers = time.monotonic(), time.process_time(), self._peer_wait()
+        begin, cpu_begin = time.monotonic(), time.process_time()
+        peers = self.engine.peer_wait_seconds
         self.watchdog.beat(f"loading step {step}")
         batch = self.loader.next_step()
         waited = time.monotonic() - begin
@@ -253,7 +254,7 @@ class StageRun:
         self.step_cpu = time.process_time() - cpu_begin + batch.cpu_seconds
         self._count(step, stats, shared, seconds)
         bad = len(batch.bad_records)
-        peer_wait = self._peer_wait() - peers
+        peer_wait = self.engine.peer_wait_seconds - peers
         self.monitor.step(
             step, seconds=seconds, waited=waited, peer_wait=peer_wait, bad_records=bad
         )
@@ -269,9 +270,6 @@ class StageRun:
         if shared.operator_stop:
             return StageEnd.STOPPED
         return StageEnd.PREEMPTED if shared.stop else None
-
-    def _peer_wait(self) -> float:
-        return self.engine.peer_wait_seconds
 
     def _trace(self, step: int, shared: _Extras) -> None:
         """End a trace, plan one that was asked for; the GPU's memory now and then."""

@@ -59,8 +59,8 @@ def peak_of(card: str) -> float | None:
 class StepFlops:
     """FLOPs of a step by what it is made of, forward and backward: 2 a weight and pass.
 
-    Real tokens, patches and labels only, nothing that is computed twice, no attention scores:
-    samples are short, launcher/plan has scores at under 5 % for them.
+    Real tokens, patches and labels only, nothing that is computed twice. Attention scores are left
+    out, so that the utilisation made of it is a lower bound, the lower the longer samples are.
     """
 
     token: float

@@ -60,32 +60,12 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
     )
     allow_many_files()
     seed_everything(config.seed)
-    stage = config.stages[stage_name]
-    checkpointer = Checkpointer(
-        run_dir,
-        stage=stage_name,
-        keep_last=config.checkpoint.keep_last,
-        adapter=stage.adapter,
-        max_failed_saves=config.checkpoint.max_failed_saves,
-        recipe=dump_yaml(config),
-    )
+    checkpointer = _checkpointer(config, stage_name, run_dir=run_dir)
     with monitor.phase("restore"):
         found = checkpointer.find()
     refuse_other_recipe(found, config)
     parts = _build(config, stage_name, run_dir=run_dir, found=found)
-    start_step = found.manifest.step + 1 if found.manifest else 1
-    loader = StageLoader(
-        config,
-        stage_name,
-        vocabulary=parts.vocabulary,
-        geometry=parts.geometry,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start_step,
-        folder=run_dir / "data",
-        num_nodes=distributed.num_nodes(),
-        state=found.manifest.data_state if found.manifest else None,
-    )
+    loader = _loader(config, stage_name, parts, found.manifest, run_dir=run_dir, world=world)
     agree_on_plan(loader)
     template = _template(config, stage_name, parts, run_dir=run_dir, world_size=world.size)
     refuse_other_base(found, template)
@@ -125,12 +105,47 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
             stage=stage_name,
             step=run.progress.step,
             verdict=end.value,
-            reason="; ".join([f"{run.progress.step} of {stage.steps} steps", *found.notes]),
+            reason="; ".join([f"{run.progress.step} of {run.stage.steps} steps", *found.notes]),
         )
     distributed.barrier()
     monitor.stop()
     distributed.stop()
     return end
+
+
+def _checkpointer(config: RunConfig, stage_name: str, *, run_dir: Path) -> Checkpointer:
+    return Checkpointer(
+        run_dir,
+        stage=stage_name,
+        keep_last=config.checkpoint.keep_last,
+        adapter=config.stages[stage_name].adapter,
+        max_failed_saves=config.checkpoint.max_failed_saves,
+        recipe=dump_yaml(config),
+    )
+
+
+def _loader(
+    config: RunConfig,
+    stage_name: str,
+    parts: StageParts,
+    manifest: Manifest | None,
+    *,
+    run_dir: Path,
+    world: distributed.World,
+) -> StageLoader:
+    """Open this rank's data at the step behind a checkpoint, or at the first."""
+    return StageLoader(
+        config,
+        stage_name,
+        vocabulary=parts.vocabulary,
+        geometry=parts.geometry,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=manifest.step + 1 if manifest else 1,
+        folder=run_dir / "data",
+        num_nodes=distributed.num_nodes(),
+        state=manifest.data_state if manifest else None,
+    )
 
 
 def _build(config: RunConfig, stage_name: str, *, run_dir: Path, found: Found) -> StageParts:
