@@ -24,15 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from command_line import progress_with_note, run_command
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from cocoa_dist.config import resolve_path
@@ -124,7 +118,7 @@ def build(options: argparse.Namespace, console: Console) -> BuildReport:
         "layout": options.layout,
         "rows": len(source),
     }
-    with _progress(console) as progress:
+    with progress_with_note(console) as progress:
         task = progress.add_task("rows", total=len(source), note="")
         return build_dataset(
             source,
@@ -149,18 +143,6 @@ def _is_column(text: str) -> bool:
 
 def _tokenizer(options: argparse.Namespace) -> Path | None:
     return None if options.tokenizer is None else resolve_path(options.tokenizer)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _show(progress: Progress, task: TaskID, now: BuildProgress) -> None:
@@ -201,7 +183,7 @@ def show_built(report: BuildReport, options: argparse.Namespace, console: Consol
 
 def verify(options: argparse.Namespace, console: Console) -> int:
     """Check everything; 1 if there is a problem."""
-    with _progress(console) as progress:
+    with progress_with_note(console) as progress:
         task = progress.add_task("records", total=None, note="")
         report = verify_dataset(
             options.out,
@@ -264,26 +246,20 @@ def _bars(histogram: Histogram) -> str:
     return "\n".join(lines)
 
 
+def build_or_look(options: argparse.Namespace, console: Console) -> int:
+    """Build, verify or inspect; 1 for a data set that is not what was written."""
+    if options.verify:
+        return verify(options, console)
+    if options.inspect:
+        inspect(options, console)
+    else:
+        show_built(build(options, console), options, console)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what was asked; 2 for bad input, 1 for a data set that is not what was written."""
-    options = parse(arguments)
-    console = Console(soft_wrap=True)
-    try:
-        if options.verify:
-            return verify(options, console)
-        if options.inspect:
-            inspect(options, console)
-        else:
-            show_built(build(options, console), options, console)
-    except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            str(error), style="red", markup=False, highlight=False
-        )
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on", style="yellow")
-        return 130
-    return 0
+    return run_command(build_or_look, parse(arguments))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import run_command
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -161,21 +162,15 @@ def show(report: MiningReport, options: argparse.Namespace, console: Console) ->
     console.print(f"fingerprint {info.fingerprint}", style="dim")
 
 
+def mine_and_show(options: argparse.Namespace, console: Console) -> int:
+    """Mine, and say what came out."""
+    show(run(options, console), options, console)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what was asked; 2 for bad input."""
-    options = parse(arguments)
-    console = Console(soft_wrap=True)
-    try:
-        show(run(options, console), options, console)
-    except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            str(error), style="red", markup=False, highlight=False
-        )
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on", style="yellow")
-        return 130
-    return 0
+    return run_command(mine_and_show, parse(arguments))
 
 
 if __name__ == "__main__":

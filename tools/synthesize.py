@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import progress_with_note
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cocoa_dist.config import resolve_path
@@ -186,17 +186,8 @@ def ask(options: argparse.Namespace, plan: Plan, source: Source, console: Consol
         number: signal.signal(number, _stopper(stop, console))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    progress = Progress(
-        TextColumn("pictures"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
     try:
-        with progress:
+        with progress_with_note(console) as progress:
             task = progress.add_task("pictures", total=None, note="")
             return synthesise(
                 plan,
