@@ -1,40 +1,29 @@
 """A child process of test_contrastive_gradients.py: one contrastive step under many options."""
 
-import json
 import sys
-from pathlib import Path
 
 import torch
+from rank_jobs import do_jobs
 
 from cocoa_dist import distributed
-from cocoa_dist.config import RunConfig, load_recipe
+from cocoa_dist.config import load_recipe
 from cocoa_dist.objectives.candidates import TARGET
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train.build import build_parts, first_steps
-from cocoa_dist.train.session import build_engine, quiet_known_warnings
+from cocoa_dist.train.session import build_engine
 
 STAGE = "contrastive"
 
 
-def main(jobs_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    quiet_known_warnings()
-    world = distributed.start(timeout_seconds=60)
-    results = {}
-    for job in json.loads(Path(jobs_file).read_text()):
-        overrides = [f"stages.{STAGE}.init_from=model", *job["overrides"]]
-        results[job["name"]] = run(load_recipe("debug", overrides), world, steps=job["steps"])
-    if world.rank == 0:
-        torch.save(results, out)
-    distributed.stop()
-
-
-def run(config: RunConfig, world: distributed.World, *, steps: int) -> dict[str, object]:
+def run(job: dict, world: distributed.World) -> dict[str, object]:
     from deepspeed.utils import safe_get_full_grad
 
+    config = load_recipe("debug", [f"stages.{STAGE}.init_from=model", *job["overrides"]])
     seed_everything(config.seed)
     parts = build_parts(config, STAGE, run_dir=None)
-    batches = first_steps(config, STAGE, parts, count=steps, rank=world.rank, world_size=world.size)
+    batches = first_steps(
+        config, STAGE, parts, count=job["steps"], rank=world.rank, world_size=world.size
+    )
     engine = build_engine(config, STAGE, parts)
     first = batches[0].packs
     terms = engine.accumulate(first)
@@ -62,4 +51,4 @@ def run(config: RunConfig, world: distributed.World, *, steps: int) -> dict[str,
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    do_jobs(*sys.argv[1:], run)

@@ -1,10 +1,9 @@
 """A child process of test_engines.py: the same stages under both engines and in plain torch."""
 
-import json
 import sys
 from pathlib import Path
 
-import torch
+from rank_jobs import do_jobs
 from worker import Job, plain
 
 from cocoa_dist import distributed
@@ -12,25 +11,16 @@ from cocoa_dist.config import RunConfig, load_recipe
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train import shards
 from cocoa_dist.train.build import build_parts, first_steps
-from cocoa_dist.train.session import build_engine, quiet_known_warnings
+from cocoa_dist.train.session import build_engine
 
 
 def main(jobs_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    quiet_known_warnings()
-    world = distributed.start(timeout_seconds=60)
-    results = {}
-    for fields in json.loads(Path(jobs_file).read_text()):
-        job = Job(**fields)
-        config = load_recipe(job.recipe, [f"stages.{job.stage}.init_from=model", *job.overrides])
-        folder = Path(out).parent
-        results[job.name] = run(config, job, world, folder)
-    if world.rank == 0:
-        torch.save(results, out)
-    distributed.stop()
+    folder = Path(out).parent
+    do_jobs(jobs_file, out, lambda fields, world: run(Job(**fields), world, folder))
 
 
-def run(config: RunConfig, job: Job, world: distributed.World, folder: Path) -> dict[str, object]:
+def run(job: Job, world: distributed.World, folder: Path) -> dict[str, object]:
+    config = load_recipe(job.recipe, [f"stages.{job.stage}.init_from=model", *job.overrides])
     parts, batches = prepare(config, job, world)
     if job.engine == "plain":
         found = plain(config, job, parts, batches)

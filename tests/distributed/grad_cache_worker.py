@@ -1,39 +1,25 @@
 """A child process of test_grad_cache.py: a contrastive step in several modes, and its cost."""
 
-import json
 import sys
-from pathlib import Path
 
 import torch
+from rank_jobs import do_jobs
 
 from cocoa_dist import distributed
-from cocoa_dist.config import RunConfig, load_recipe
+from cocoa_dist.config import load_recipe
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train import grad_cache
 from cocoa_dist.train.build import build_parts, first_steps
-from cocoa_dist.train.session import build_engine, quiet_known_warnings
+from cocoa_dist.train.session import build_engine
 from cocoa_dist.train.traffic import counted_traffic
 
 STAGE = "contrastive"
 
 
-def main(jobs_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    quiet_known_warnings()
-    world = distributed.start(timeout_seconds=60)
-    results = {}
-    for job in json.loads(Path(jobs_file).read_text()):
-        overrides = [f"stages.{STAGE}.init_from=model", *job["overrides"]]
-        config = load_recipe("debug", overrides)
-        results[job["name"]] = run(config, world, replay=job.get("replay", True))
-    if world.rank == 0:
-        torch.save(results, out)
-    distributed.stop()
-
-
-def run(config: RunConfig, world: distributed.World, *, replay: bool) -> dict[str, object]:
+def run(job: dict, world: distributed.World) -> dict[str, object]:
     from deepspeed.utils import safe_get_full_grad
 
+    config = load_recipe("debug", [f"stages.{STAGE}.init_from=model", *job["overrides"]])
     seed_everything(config.seed)
     parts = build_parts(config, STAGE, run_dir=None)
     waken(parts.model)
@@ -41,7 +27,7 @@ def run(config: RunConfig, world: distributed.World, *, replay: bool) -> dict[st
     engine = build_engine(config, STAGE, parts)
     torch.manual_seed(5)
     kept = grad_cache.GeneratorState.restore
-    if not replay:
+    if not job.get("replay", True):
         grad_cache.GeneratorState.restore = lambda self: None
     terms = engine.accumulate(batches[0].packs)
     grad_cache.GeneratorState.restore = kept
@@ -76,4 +62,4 @@ def waken(model: torch.nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    do_jobs(*sys.argv[1:], run)

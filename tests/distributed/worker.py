@@ -4,19 +4,18 @@ Started by `launch` in `ranks.py`, one process a rank, because gloo aborts a pro
 disagree.
 """
 
-import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from rank_jobs import do_jobs
 
 from cocoa_dist import distributed
 from cocoa_dist.config import RunConfig, load_recipe
 from cocoa_dist.runtime import seed_everything
 from cocoa_dist.train.build import StageParts, build_parts, first_steps
 from cocoa_dist.train.engine import TrainEngine, learning_rate_at
-from cocoa_dist.train.session import build_engine, quiet_known_warnings
+from cocoa_dist.train.session import build_engine
 
 
 @dataclass
@@ -31,20 +30,8 @@ class Job:
     engine: str = "zero3"
 
 
-def main(jobs_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    quiet_known_warnings()
-    world = distributed.start(timeout_seconds=60)
-    results = {}
-    for fields in json.loads(Path(jobs_file).read_text()):
-        job = Job(**fields)
-        results[job.name] = run(job, world)
-    if world.rank == 0:
-        torch.save(results, out)
-    distributed.stop()
-
-
-def run(job: Job, world: distributed.World) -> dict[str, object]:
+def run(fields: dict, world: distributed.World) -> dict[str, object]:
+    job = Job(**fields)
     config = load_recipe(job.recipe, [f"stages.{job.stage}.init_from=model", *job.overrides])
     seed_everything(config.seed)
     parts = build_parts(config, job.stage, run_dir=None)
@@ -112,4 +99,4 @@ def plain(config: RunConfig, job: Job, parts: StageParts, batches) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    do_jobs(*sys.argv[1:], run)
