@@ -100,25 +100,15 @@ if ((${#failed[@]})); then
     printf '\n%d checks FAILED: %s. The tests follow.\n\n' "${#failed[@]}" "${failed[*]}"
 fi
 
-# 5, no tests, counts only if all runs say so: the pattern of somebody may be of the other half.
-status=5
-run_tests() {
-    local code=0
-    python -m pytest "$@" || code=$?
-    if ((status == 5 || (status == 0 && code != 5))); then
-        status=$code
-    fi
-}
-
-# Files of tests side by side, as many as there are cores; then those that need the machine alone.
-side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile)
+# Files of tests side by side, as many as there are cores; those of tests/slurm after one another.
+side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder)
+status=0
 if ((fast)); then
-    run_tests "${side_by_side[@]}" tests/unit -m "not slow and not gpu" "$@"
+    python -m pytest "${side_by_side[@]}" tests/unit -m "not slow and not gpu" "$@" || status=$?
 elif [[ $# -gt 0 && -e ${1%%::*} ]]; then # files or folders of choice
-    run_tests "$@"
+    python -m pytest "$@" || status=$?
 else
-    run_tests "${side_by_side[@]}" tests/unit tests/launcher "$@"
-    run_tests tests/distributed tests/gpu tests/slurm "$@"
+    python -m pytest "${side_by_side[@]}" tests "$@" || status=$?
 fi
 if ((status == 0 && ${#failed[@]})); then
     status=1
