@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -29,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from data_arms import ARMS, BATCH, OWN  # noqa: E402
+from peer_environments import CannotError, peer_python, run  # noqa: E402
 
 OURS = "ours"
 PINS = {
@@ -42,7 +42,6 @@ INSTALLED = {"webdataset": "webdataset", "energon": "megatron-energon"}  # besid
 STAGE = "joint_reconstruction"
 PATCH_SIZE, TOKENS_PER_PACK, MAX_TEXT = 14, 8192, 4096
 MIN_PIXELS, MAX_PIXELS = 3136, 112_896  # of cocoa_qwen2_vl_2b
-SECONDS = 600.0
 READS = ("sequential", "shuffled", "random")
 COLUMNS = {
     "sequential": ("sequential", "{:,.0f}"),
@@ -55,29 +54,6 @@ COLUMNS = {
     "tokens": ("loader, tokens", "{:,.0f}"),
 }
 TARGET_RANDOM, TARGET_END_TO_END = 5.0, 1.5
-
-
-class CannotError(ValueError):
-    """Something cannot be had on this machine; the message says why."""
-
-
-def run(command: list[str], **environment: str) -> str:
-    """Run a command and return what it printed. Raises CannotError with its last line."""
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CannotError(f"took more than {SECONDS:.0f} s") from error
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"]
-        raise CannotError(said[-1][:200])
-    return done.stdout
 
 
 def pictures(cache: Path, *, quick: bool) -> tuple[Path, str]:
@@ -152,30 +128,6 @@ def overrides(path: Path) -> list[str]:
         *(f"data.tokens_per_pack={TOKENS_PER_PACK}", f"data.max_text_tokens={MAX_TEXT}"),
         f"model.random.patch_size={PATCH_SIZE}",
     ]
-
-
-def peer_python(cache: Path) -> tuple[Path, dict[str, str]]:
-    """Make the peers' environment; return its Python and why some peers are not in it.
-
-    It sees the packages of this one (torch above all), and its own come first.
-    """
-    home = cache / "peers"
-    python = home / "bin" / "python"
-    if not python.exists():
-        run([sys.executable, "-m", "venv", str(home)])
-    (own,) = home.glob("lib/python*/site-packages")
-    seen = [path for path in sys.path if path.endswith("site-packages")]
-    (own / "project.pth").write_text("\n".join(seen) + "\n")
-    stay, why = [f"torch=={version('torch').partition('+')[0]}"], {}
-    for name, pin in PINS.items():
-        package, _, wanted = pin.partition("==")
-        if any(own.glob(f"{package.replace('-', '_')}-{wanted}.dist-info")):
-            continue
-        try:
-            run([str(python), "-m", "pip", "install", "-q", "--no-compile", pin, *stay])
-        except CannotError as error:
-            why[name] = f"cannot be installed: {error}"
-    return python, why
 
 
 def measure(folder: Path, pythons: dict[str, Path], repeats: int) -> dict[str, Any]:
@@ -307,7 +259,9 @@ def main() -> int:
     why = dict.fromkeys((n for n in arguments.arms if n not in pythons), "left out with --quick")
     arguments.cache.mkdir(parents=True, exist_ok=True)
     if why and not arguments.quick:
-        there, why = peer_python(arguments.cache)
+        there, why = peer_python(
+            arguments.cache / "peers", {name: [pin] for name, pin in PINS.items()}
+        )
         pythons |= {n: there for n in arguments.arms if n not in pythons and n not in why}
     source, data = pictures(arguments.cache, quick=arguments.quick)
     folder = Path(tempfile.mkdtemp(dir=arguments.cache))

@@ -68,15 +68,17 @@ def test_figures_are_medians_and_a_peer_that_is_missing_says_why(bench: ModuleTy
 def test_a_peer_that_cannot_be_installed_is_named_and_the_others_go_on(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(command: list[str], **_environment: str) -> str:
+    def refuse(command: list[str], **_: object) -> str:
         if "venv" in command:
-            (tmp_path / "peers" / "lib" / "python3" / "site-packages").mkdir(parents=True)
+            (tmp_path / "lib" / "python3" / "site-packages").mkdir(parents=True)
         if any(part.startswith("pylance") for part in command):
             raise bench.CannotError("no matching distribution")
         return ""
 
-    monkeypatch.setattr(bench, "run", refuse)
-    _, why = bench.peer_python(tmp_path)
+    monkeypatch.setattr(sys.modules["peer_environments"], "run", refuse)
+    _, why = bench.peer_python(
+        tmp_path, {"mds": ["mosaicml-streaming==1"], "lance": ["pylance==1"]}
+    )
     assert why == {"lance": "cannot be installed: no matching distribution"}
 
 
