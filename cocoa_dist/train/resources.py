@@ -5,11 +5,13 @@ On a CPU nothing is said of a GPU; resident memory and CPU time are the exporter
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from cocoa_dist.batch import PackedBatch
+from cocoa_dist.model.embedder import EmbeddingModel
 
 # Dense bfloat16 FLOPs a second, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS: Mapping[str, float] = {
@@ -57,10 +59,11 @@ def peak_of(card: str) -> float | None:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a step by what it is made of, forward and backward: 2 a weight and pass.
+    """FLOPs of a step by what it is made of, forward and backward; a product and its sum are two.
 
-    Real tokens, patches and labels only, nothing that is computed twice. Attention scores are left
-    out, so that the utilisation made of it is a lower bound, the lower the longer samples are.
+    Real tokens, patches, labels and visible pairs only: no filler, nothing that is computed twice.
+    What torch counts where all weights are trained; a frozen model's first layer is taken to pass
+    a gradient on, which it need not. Left out: norms, rotations and the similarities of a loss.
     """
 
     token: float
@@ -68,23 +71,36 @@ class StepFlops:
     visual_token: float
     label: float
     hidden: float  # visual token that is rebuilt
+    pair: float  # (row, key) that attention sees, in all text layers
+    patch_pair: float  # ... in the vision blocks that see whole pictures
+    window_pair: float  # ... in those that see windows
     patches_a_token: int
 
     @staticmethod
-    def of_model(model: nn.Module, *, text_logits: bool, patches_a_token: int) -> "StepFlops":
-        """Count the weights of a model that is whole (before an engine has cut it)."""
+    def of_model(model: EmbeddingModel, *, text_logits: bool, patches_a_token: int) -> "StepFlops":
+        """Count a model that is whole (before an engine has cut it)."""
         found = dict.fromkeys(("token", "patch", "visual_token", "label", "hidden"), 0.0)
-        trained = {_kind(n): False for n, _ in model.named_parameters()}
+        trained = dict.fromkeys(("visual", "text"), False)
         for name, parameter in model.named_parameters():
-            trained[_kind(name)] |= parameter.requires_grad
-        for name, parameter in model.named_parameters():
-            kind = _kind(name)
-            if parameter.dim() < 2 or (kind == "label" and not text_logits):
-                continue
-            # A frozen part below nothing trained has no backward pass, others at least its half.
-            backward = 2 if parameter.requires_grad else int(kind == "token" or trained[kind])
-            found[kind] += 2.0 * parameter.numel() * (1 + backward)
-        return StepFlops(**found, patches_a_token=patches_a_token)
+            trained["visual" if ".visual." in name else "text"] |= parameter.requires_grad
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                kind = _kind(name)
+                if kind != "label" or text_logits:
+                    below = trained["visual"] if ".visual." in name else any(trained.values())
+                    passed_on = below and ".patch_embed." not in name  # pixels have no gradient
+                    passes = 1 + module.weight.requires_grad + passed_on
+                    found[kind] += 2.0 * module.weight.numel() * passes
+        scores = _Scores.of_model(model)
+        vision_passes = 3.0 if trained["visual"] else 1.0
+        text_passes = 3.0 if any(trained.values()) else 1.0
+        return StepFlops(
+            **found,
+            pair=text_passes * scores.pair,
+            patch_pair=vision_passes * scores.patch_pair,
+            window_pair=vision_passes * scores.window_pair,
+            patches_a_token=patches_a_token,
+        )
 
     def of_packs(self, packs: Sequence[PackedBatch]) -> float:
         """Return the FLOPs of this rank's packs."""
@@ -92,14 +108,41 @@ class StepFlops:
         for pack in packs:
             total += self.token * pack.num_tokens + self.label * len(pack.labels)
             total += (self.visual_token + self.patch * self.patches_a_token) * len(pack.image_rows)
-            total += self.hidden * len(pack.patch_rows)
+            total += self.hidden * len(pack.patch_rows) + self.pair * pack.plan.visible_area
+            if len(pack.image_rows):  # else its picture is a filler
+                total += self.patch_pair * pack.vision.plan.visible_area
+                windows = pack.vision.window_plan
+                total += self.window_pair * (windows.visible_area if windows else 0)
         return total
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """Forward FLOPs of one visible pair: its score, and its part of the mean of values."""
+
+    pair: float
+    patch_pair: float
+    window_pair: float
+
+    @staticmethod
+    def of_model(model: EmbeddingModel) -> "_Scores":
+        text: Any = model.core.language_model.config
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        layers = len(model.core.language_model.layers) + bool(model.heads.patch_values)
+        blocks = [block.attn for block in model.core.visual.blocks]
+        windowed = sum(attention.windowed for attention in blocks)
+        one = 4.0 * blocks[0].qkv.out_features / 3
+        return _Scores(
+            pair=4.0 * text.num_attention_heads * head_width * layers,
+            patch_pair=one * (len(blocks) - windowed),
+            window_pair=one * windowed,
+        )
+
+
 def _kind(name: str) -> str:
-    """Return what a parameter is applied to once."""
+    """Return what a linear layer is applied to once."""
     if ".visual." in name:
-        return "visual_token" if ".merger" in name else "patch"
-    if name.startswith("patch_decoder.to_pixels."):
+        return "visual_token" if "merger" in name else "patch"
+    if name.startswith("patch_decoder.to_pixels"):
         return "hidden"
-    return "label" if "embed_tokens." in name or "lm_head." in name else "token"
+    return "label" if name.endswith("lm_head") else "token"
