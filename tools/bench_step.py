@@ -1,253 +1,475 @@
-"""What a step costs under ZeRO-3 against a plain loop in one process, both in one run.
+"""What a step is made of: time by part, tokens a second, memory, bytes sent; or its counts.
 
-    python tools/bench_step.py quickstart --stage contrastive
-    python tools/bench_step.py quickstart --stage joint_reconstruction --nproc 2 --repeats 5
+    python tools/bench_step.py debug                          # every stage, as a table
+    python tools/bench_step.py quickstart --stage contrastive --nproc 2 --out benchmarks/step_cpu
+    python tools/bench_step.py debug --against ../before      # beside another checkout, by turns
+    python tools/bench_step.py --device cuda                  # 2B, random weights, 8k and 16k packs
+    python tools/bench_step.py --check                        # counts against the committed ones
+    python tools/bench_step.py --update                       # write them anew, after a change
 
-The two arms alternate, each in fresh processes, on the same model, records and batch. Quoted in
-samples per CPU second over all processes, data loading included; on a shared machine the ratio is
-worth more than either number. The rest of the table says where ZeRO-3's time goes.
+Parts are measured in steps of their own under a stopwatch that costs time itself; seconds a step
+and tokens a second are of steps without it. CPU seconds are of all ranks; on a shared machine the
+ratios are worth more than the numbers. `--device cuda` has never been run: no GPU was at hand.
 """
 
 import argparse
 import json
 import os
+import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-WARM_UP_STEPS = 5
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
+sys.path.insert(0, str(TOOLS))
+if not os.environ.get("BENCH_CHECKOUT"):
+    sys.path.insert(0, str(ROOT))  # works in a checkout that is not installed
+
+from step_cases import (  # noqa: E402
+    CASES,
+    GRAPHS,
+    count_case,
+    count_graphs,
+    differences,
+    installed,
+    read_committed,
+    write_committed,
+)
+from step_parts import PARTS, Stopwatch, watched  # noqa: E402
+
+WARM_UP_STEPS = 3
+MIB = 2**20
+PICTURE = 448 * 448  # pixels: 256 visual tokens of 28 x 28
+CUDA_TOKENS = (8192, 16384)
+CUDA_OVERRIDES = (
+    "model.random=null",
+    "model.dtype=bfloat16",
+    f"data.image={{min_pixels: {PICTURE}, max_pixels: {PICTURE}}}",
+    "engine.ds_config=zero3",
+)
 
 
 def main() -> int:
-    """Run both arms in turn and print the table."""
+    """Do what was asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", nargs="?", default="debug")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
-    parser.add_argument("--stage", required=True)
-    parser.add_argument("--nproc", type=int, default=2, help="processes of the ZeRO-3 arm")
-    parser.add_argument("--steps", type=int, default=20, help="counted steps of each run")
+    parser.add_argument("--check", action="store_true", help="compare counts; 1 if any differs")
+    parser.add_argument("--update", action="store_true", help="count, and write the file")
+    parser.add_argument("--stage", action="append", help="default: every stage of the recipe")
+    parser.add_argument("--nproc", type=int, help="ranks; default 2, with --device cuda 1")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps, of either kind")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--against", type=Path, help="another checkout, measured by turns")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return worker(arguments)
-    runs: dict[str, list[dict[str, float]]] = {"plain": [], "zero3": []}
-    for repeat in range(arguments.repeats):
-        for arm, processes in (("plain", 1), ("zero3", arguments.nproc)):
-            runs[arm].append(measure(arm, processes, arguments))
-            rate = runs[arm][-1]["samples_per_cpu_second"]
-            print(f"repeat {repeat + 1}: {arm} {rate:.0f} samples per CPU second", flush=True)
-    report(runs, arguments)
+        return worker(json.loads(arguments.worker))
+    if arguments.check or arguments.update:
+        return check(update=arguments.update)
+    return measure(arguments)
+
+
+# --- counts ---------------------------------------------------------------------------------------
+
+
+def check(*, update: bool) -> int:
+    """Count every case and compare it with the file, or write the file."""
+    found: dict[str, dict[str, int]] = {}
+    for ranks in sorted({case.ranks for case in CASES}):
+        found |= run_ranks({"count": ranks}, ranks=ranks, checkout=ROOT)[0]
+    if update:
+        write_committed(found)
+        print(f"wrote {sum(map(len, found.values()))} counts")
+        return 0
+    versions, expected = read_committed()
+    lines = differences(expected, found)
+    if lines and versions != installed():
+        print(f"the file is of {versions}, installed are {installed()}: counts may differ for that")
+    for line in lines:
+        print(f"FAIL {line}")
+    if lines:
+        print("if that is meant: python tools/bench_step.py --update, and say why in the commit")
+        return 1
+    print(f"PASS {sum(map(len, expected.values()))} counts of {len(expected)} cases are as before")
     return 0
 
 
-def measure(arm: str, processes: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Run one arm in fresh processes; figures are sums over its processes."""
+def count_all(ranks: int, rank: int) -> dict[str, dict[str, int]]:
+    """Count the cases of a number of ranks, in its processes."""
+    found = {case.name: count_case(case, rank=rank) for case in CASES if case.ranks == ranks}
+    if ranks == 1:
+        found[GRAPHS] = count_graphs()
+    return found
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def run_ranks(job: Mapping[str, Any], *, ranks: int, checkout: Path) -> list[dict[str, Any]]:
+    """Do a job in so many fresh processes of a checkout; returns what each found."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / f"{rank}.json" for rank in range(processes)]
+        outputs = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
         children = []
         for rank, output in enumerate(outputs):
             environment = {
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
+                "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "BENCH_ARM": arm,
+                "OMP_NUM_THREADS": "1" if job.get("device") != "cuda" else "8",
+                "PYTHONPATH": str(checkout),
+                "BENCH_CHECKOUT": str(checkout),
             }
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(output)]
+            if job.get("device") != "cuda":
+                environment["DS_ACCELERATOR"] = "cpu"
+            text = json.dumps({**job, "output": str(output)})
+            command = [sys.executable, __file__, "--worker", text]
             with (Path(folder) / f"{rank}.log").open("w") as log:
                 children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         codes = [child.wait() for child in children]
         if any(codes):
-            logs = (Path(folder) / "0.log").read_text()
-            raise SystemExit(f"{arm} ended with {codes}:\n{logs[-2000:]}")
-        parts = [json.loads(output.read_text()) for output in outputs]
-    total: dict[str, float] = {key: sum(part[key] for part in parts) for key in parts[0]}
-    total["samples_per_cpu_second"] = total["samples"] / total["cpu_seconds"]
-    total["samples_per_second"] = total["samples"] / max(part["seconds"] for part in parts)
-    return total
+            logs = "\n".join((Path(folder) / f"{r}.log").read_text()[-2000:] for r in range(ranks))
+            raise SystemExit(f"{dict(job)} ended with {codes}:\n{logs}")
+        return [json.loads(output.read_text()) for output in outputs]
 
 
-def worker(arguments: argparse.Namespace) -> int:
-    """One process of one arm."""
+def worker(job: dict[str, Any]) -> int:
+    """Be one rank of one job."""
     import torch
 
     from cocoa_dist import distributed
-    from cocoa_dist.config import FROM_MODEL, load_recipe
-    from cocoa_dist.data.loader import StageLoader
-    from cocoa_dist.runtime import seed_everything
-    from cocoa_dist.train.build import build_parts
-    from cocoa_dist.train.session import build_engine, quiet_known_warnings
+    from cocoa_dist.train.session import quiet_known_warnings
 
-    overrides = [f"stages.{arguments.stage}.init_from={FROM_MODEL}", *arguments.overrides]
-    config = load_recipe(arguments.recipe, overrides)
     quiet_known_warnings()
-    torch.set_num_threads(config.runtime.threads)
-    world = distributed.start(timeout_seconds=config.engine.timeout_seconds)
-    seed_everything(config.seed)
-    parts = build_parts(config, arguments.stage, run_dir=None)
-    collectives = Collectives()
-    if os.environ["BENCH_ARM"] == "plain":
-        step = plain_step(config, arguments.stage, parts)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    world = distributed.start(timeout_seconds=600)
+    if "count" in job:
+        found: Any = count_all(job["count"], world.rank)
     else:
-        engine = build_engine(config, arguments.stage, parts)
-        collectives.watch()
-
-        def step(packs: Any, number: int) -> None:
-            engine.train_step(packs, step=number)
-
-    with tempfile.TemporaryDirectory() as folder:
-        loader = StageLoader(
-            config,
-            arguments.stage,
-            vocabulary=parts.vocabulary,
-            geometry=parts.geometry,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=1,
-            folder=Path(folder),
-        )
-        figures = run_steps(loader, step, collectives, arguments.steps)
-        loader.close()
-    Path(arguments.worker).write_text(json.dumps(figures))
+        with tempfile.TemporaryDirectory() as folder:
+            found = time_stage(job, world, Path(folder))
+    Path(job["output"]).write_text(json.dumps(found))
     distributed.stop()
     return 0
 
 
-def run_steps(
-    loader: Any, step: Callable[[Any, int], None], collectives: "Collectives", count: int
-) -> dict[str, float]:
-    """Time `count` steps after a warm-up; CPU seconds of this process, and its samples."""
-    samples = data_cpu = 0.0
-    begin = cpu_begin = 0.0
-    for number in range(1, WARM_UP_STEPS + count + 1):
-        if number == WARM_UP_STEPS + 1:
-            begin, cpu_begin = time.monotonic(), time.process_time()
-            samples = data_cpu = 0.0
-            collectives.reset()
-        data_begin = time.process_time()
-        batch = loader.next_step()
-        data_cpu += time.process_time() - data_begin
-        step(batch.packs, number)
-        samples += batch.num_samples
+# --- time by part ---------------------------------------------------------------------------------
+
+
+def time_stage(job: Mapping[str, Any], world: Any, folder: Path) -> dict[str, Any]:
+    """Train one stage: plain steps, steps under the stopwatch, and one whose bytes are counted."""
+    import torch
+
+    from cocoa_dist.config import FROM_MODEL, load_recipe
+    from cocoa_dist.data.loader import StageLoader
+    from cocoa_dist.runtime import seed_everything
+    from cocoa_dist.train.build import build_parts
+    from cocoa_dist.train.resources import StepFlops, peak_flops
+    from cocoa_dist.train.session import build_engine
+    from cocoa_dist.train.traffic import counted_traffic
+
+    is_cuda, stage, steps = job["device"] == "cuda", job["stage"], job["steps"]
+    overrides = [f"stages.{stage}.init_from={FROM_MODEL}", *job["overrides"]]
+    if is_cuda:
+        overrides.append(f"model.path={write_2b(folder / 'model')}")
+    config = load_recipe(job["recipe"], overrides)
+    seed_everything(config.seed)
+    parts = build_parts(config, stage, run_dir=None, weights=not is_cuda)
+    if is_cuda:
+        draw_weights(parts.model)
+    flops = StepFlops.of_model(
+        parts.model,
+        text_logits=parts.objective.heads.text_logits,
+        patches_a_token=parts.geometry.merge**2,
+    )
+    engine = build_engine(config, stage, parts)
+    loader = StageLoader(
+        config,
+        stage,
+        vocabulary=parts.vocabulary,
+        geometry=parts.geometry,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=1,
+        folder=folder,
+    )
+    wait = torch.cuda.synchronize if is_cuda else lambda: None
+    done = 0
+
+    def step(watch: Stopwatch) -> Any:
+        nonlocal done
+        done += 1
+        with watch.part("data wait"):
+            batch = loader.next_step()
+        engine.train_step(batch.packs, step=done)
+        return batch
+
+    idle = Stopwatch()
+    for _ in range(WARM_UP_STEPS):
+        step(idle)
+    memory = PeakMemory(is_cuda=is_cuda)
+    seconds, batches, cpu = [], [], time.process_time()
+    for _ in range(steps):
+        wait()
+        begin = time.perf_counter()
+        batches.append(step(idle))
+        wait()
+        seconds.append(time.perf_counter() - begin)
+    cpu = (time.process_time() - cpu) / steps
+    peak = memory.bytes()
+    watch = Stopwatch(wait_for_device=wait)
+    with watched(engine, watch):
+        watch.reset()
+        for _ in range(steps):
+            step(watch)
+        watch._charge()
+    with counted_traffic() as traffic:
+        step(idle)
+    loader.close()
     return {
-        "samples": samples,
-        "seconds": time.monotonic() - begin,
-        "cpu_seconds": time.process_time() - cpu_begin,
-        "data_cpu_seconds": data_cpu,
-        "collective_cpu_seconds": collectives.cpu_seconds,
-        "collectives": collectives.calls,
-        "collective_bytes": collectives.bytes,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "samples": sum(b.num_samples for b in batches) / steps,
+        "tokens": sum(b.num_tokens for b in batches) / steps,
+        "packs": sum(len(b.packs) for b in batches) / steps,
+        "flops": sum(flops.of_packs(b.packs) for b in batches) / steps,
+        "peak_flops": peak_flops(engine.device),
+        "peak_bytes": peak,
+        "sent_bytes": traffic.sent(world.size),
+        "collectives": sum(traffic.calls.values()),
+        "wall": {name: value / steps for name, value in watch.wall.items()},
+        "cpu": {name: value / steps for name, value in watch.cpu.items()},
     }
 
 
-def plain_step(config: Any, stage_name: str, parts: Any) -> Callable[[Any, int], None]:
-    """Return the step of a plain loop: the same model and objective, AdamW, one process."""
+class PeakMemory:
+    """The most memory since it was made: torch's on a GPU, the process's on a CPU."""
+
+    def __init__(self, *, is_cuda: bool) -> None:
+        import torch
+
+        self._torch = torch if is_cuda else None
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        """Return it."""
+        if self._torch is not None:
+            return int(self._torch.cuda.max_memory_allocated())
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def write_2b(folder: Path) -> Path:
+    """Write a config.json of Qwen2-VL-2B's size that fits the shipped tokenizer; no weights."""
+    from transformers import Qwen2VLConfig
+
+    from cocoa_dist.config import ModelConfig, RandomModelConfig
+    from cocoa_dist.model.families import SPECIAL_TOKENS
+    from cocoa_dist.train.build import special_token_ids
+    from launcher.plan.shapes import PUBLISHED
+
+    text, vision = PUBLISHED["Qwen2-VL-2B"].text, PUBLISHED["Qwen2-VL-2B"].vision
+    ids = special_token_ids(ModelConfig(random=RandomModelConfig(), tokenizer="asset:tokenizer"))
+    folder.mkdir(parents=True, exist_ok=True)
+    Qwen2VLConfig(
+        text_config={
+            "vocab_size": text.vocabulary,
+            "hidden_size": text.width,
+            "intermediate_size": text.inner_width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": vision.layers,
+            "embed_dim": vision.width,
+            "hidden_size": text.width,
+            "num_heads": vision.heads,
+        },
+        tie_word_embeddings=True,
+        **{name: ids[token] for name, token in SPECIAL_TOKENS.items()},
+    ).save_pretrained(folder)
+    return folder
+
+
+def draw_weights(model: Any) -> None:
+    """Fill a model without weights: normal matrices, vectors of one where they scale."""
     import torch
 
-    from cocoa_dist.train.engine import learning_rate_at
-
-    stage = config.stages[stage_name]
-    optimizer = torch.optim.AdamW(parts.model.parameters(), lr=stage.optimizer.learning_rate)
-
-    def step(packs: Any, number: int) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(number, stage.optimizer, total_steps=stage.steps)
-        counts = parts.objective.counts(packs)
-        sums = parts.objective.sums([parts.model(pack) for pack in packs], packs)
-        loss = sum(parts.objective.weights[n] * sums[n] / max(counts[n], 1.0) for n in sums)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), stage.optimizer.max_grad_norm)
-        optimizer.step()
-
-    return step
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                parameter.fill_(float("norm" in name or "ln_q" in name) * name.endswith("weight"))
 
 
-class Collectives:
-    """Counts our own collectives, with bytes and CPU seconds.
+def measure(arguments: argparse.Namespace) -> int:
+    """Measure every stage and size, the checkouts by turns, and print the table."""
+    from cocoa_dist.config import load_recipe
 
-    DeepSpeed keeps references of its own to what it calls: those are not seen here.
-    """
-
-    NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_gather")
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        self.calls, self.bytes, self.cpu_seconds = 0.0, 0.0, 0.0
-
-    def watch(self) -> None:
-        """Put a counter round each collective."""
-        import torch.distributed as dist
-
-        for name in self.NAMES:
-            setattr(dist, name, self._counted(getattr(dist, name)))
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            begin = time.process_time()
-            result = function(*args, **kwargs)
-            self.cpu_seconds += time.process_time() - begin
-            self.calls += 1
-            first = args[0] if args else next(iter(kwargs.values()))
-            tensors = first if isinstance(first, list) else [first]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-            return result
-
-        return counted
+    ranks = arguments.nproc or (1 if arguments.device == "cuda" else 2)
+    checkouts = {"after" if arguments.against else "": ROOT}
+    if arguments.against:
+        checkouts = {"before": arguments.against.resolve(), **checkouts}
+    stages = arguments.stage or list(load_recipe(arguments.recipe, arguments.overrides).stages)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for repeat in range(arguments.repeats):
+        for stage in stages:
+            for size, overrides in sizes_of(arguments, stage):
+                for label, checkout in checkouts.items():
+                    job = {
+                        "recipe": arguments.recipe,
+                        "stage": stage,
+                        "overrides": [*overrides, *arguments.overrides],
+                        "device": arguments.device,
+                        "steps": arguments.steps,
+                    }
+                    name = ", ".join(part for part in (stage, size, label) if part)
+                    runs.setdefault(name, []).append(
+                        together(run_ranks(job, ranks=ranks, checkout=checkout))
+                    )
+                    print(f"{repeat + 1}: {name} {runs[name][-1]['seconds']:.3f} s", flush=True)
+    text = report(runs, arguments, ranks=ranks)
+    print(text)
+    if arguments.out:
+        arguments.out.with_suffix(".md").write_text(text + "\n")
+        arguments.out.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+    return 0
 
 
-def report(runs: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
-    """Print medians, the ratio of each repeat, and where ZeRO-3's time goes."""
-
-    def median(arm: str, key: str) -> float:
-        return statistics.median(run[key] for run in runs[arm])
-
-    ratios = [
-        zero3["samples_per_cpu_second"] / plain["samples_per_cpu_second"]
-        for plain, zero3 in zip(runs["plain"], runs["zero3"], strict=True)
-    ]
-    print(f"\n{arguments.recipe}, stage {arguments.stage}, {arguments.steps} steps, medians")
-    print("| arm | samples / CPU second | samples / second | CPU ms a step | of it data |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for arm, label in (("plain", "plain loop, 1 process"), ("zero3", f"ZeRO-3, {arguments.nproc}")):
-        cpu = 1e3 * median(arm, "cpu_seconds") / arguments.steps
-        data = 1e3 * median(arm, "data_cpu_seconds") / arguments.steps
-        print(
-            f"| {label} | {median(arm, 'samples_per_cpu_second'):.0f} "
-            f"| {median(arm, 'samples_per_second'):.0f} | {cpu:.0f} | {data:.0f} |"
+def sizes_of(arguments: argparse.Namespace, stage: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the sizes a stage is measured at: the recipe's own, or two of packs at 2B."""
+    if arguments.device != "cuda":
+        return [("", ())]
+    found = []
+    for tokens in CUDA_TOKENS:
+        batch = tokens // 256 * (8 if stage == "contrastive" else 1)
+        found.append(
+            (
+                f"2B, {tokens // 1024}k tokens a pack",
+                (
+                    *CUDA_OVERRIDES,
+                    f"data.tokens_per_pack={tokens}",
+                    f"data.patches_per_pack={4 * tokens}",
+                    f"stages.{stage}.batch_size={batch}",
+                    f"stages.{stage}.steps=100",
+                ),
+            )
         )
-    calls = median("zero3", "collectives") / arguments.nproc / arguments.steps
-    size = median("zero3", "collective_bytes") / arguments.nproc / arguments.steps / 2**20
-    cpu = 1e3 * median("zero3", "collective_cpu_seconds") / arguments.steps
-    print(
-        f"ratio of each repeat: {', '.join(f'{100 * r:.0f} %' for r in ratios)}; "
-        f"median {100 * statistics.median(ratios):.0f} %"
-    )
-    print(
-        f"our own collectives (losses, counts, embeddings; not DeepSpeed's gathers): {calls:.0f} "
-        f"calls and {size:.1f} MiB a rank and step, {cpu:.0f} CPU ms over all ranks"
-    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"runs": runs, "ratios": ratios}, indent=1))
+    return found
+
+
+def together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join what the ranks of one run found."""
+    slowest = [max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+    total = {key: sum(r[key] for r in ranks) for key in ("samples", "tokens", "flops")}
+    seconds = statistics.median(slowest)
+    peak = ranks[0]["peak_flops"]
+    return {
+        **total,
+        "seconds": seconds,
+        "slowest": max(slowest) / seconds,
+        "packs": ranks[0]["packs"],
+        "cpu_seconds": sum(rank["cpu_seconds"] for rank in ranks),
+        "mfu": total["flops"] / (seconds * len(ranks) * peak) if peak else None,
+        "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
+        "sent_bytes": ranks[0]["sent_bytes"],
+        "collectives": ranks[0]["collectives"],
+        "wall": {name: statistics.fmean(r["wall"][name] for r in ranks) for name in PARTS},
+        "cpu": {name: sum(r["cpu"][name] for r in ranks) for name in PARTS},
+    }
+
+
+def report(
+    runs: Mapping[str, list[dict[str, Any]]], arguments: argparse.Namespace, *, ranks: int
+) -> str:
+    """Write the tables, medians over the repeats."""
+
+    def median(name: str, *keys: str) -> float:
+        values = []
+        for run in runs[name]:
+            value: Any = run
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return statistics.median(values)
+
+    kind = "wall" if arguments.device == "cuda" else "cpu"
+    what = "wall ms of a rank" if kind == "wall" else "CPU ms of all ranks"
+    lines = [
+        f"# A step of {arguments.recipe} on {arguments.device}",
+        "",
+        f"`python tools/bench_step.py {' '.join([arguments.recipe, *arguments.overrides])} "
+        f"--device {arguments.device} --nproc {ranks} --steps {arguments.steps} --repeats "
+        f"{arguments.repeats}{' --against OTHER_CHECKOUT' if arguments.against else ''}`; "
+        f"{machine(arguments.device)}. Medians over repeats; checkouts take turns. Wall times of "
+        "a shared machine vary; CPU times less.",
+        "",
+        "| step | tokens | packs a rank | wall ms | CPU ms | tokens / s | tokens / CPU s | GFLOP "
+        "| MFU | slowest step | peak MiB | sent MiB a rank | collectives |",
+        "| --- |" + " ---: |" * 12,
+    ]
+    for name in runs:
+        seconds, cpu = median(name, "seconds"), median(name, "cpu_seconds")
+        tokens, known = median(name, "tokens"), runs[name][0]["mfu"] is not None
+        mfu = f"{100 * median(name, 'mfu'):.0f} %" if known else "-"
+        lines.append(
+            f"| {name} | {tokens:,.0f} | {median(name, 'packs'):.1f} | {1e3 * seconds:,.0f} "
+            f"| {1e3 * cpu:,.0f} | {tokens / seconds:,.0f} | {tokens / cpu:,.0f} "
+            f"| {median(name, 'flops') / 1e9:,.1f} | {mfu} "
+            f"| {median(name, 'slowest'):.2f} x | {median(name, 'peak_bytes') / MIB:,.0f} "
+            f"| {median(name, 'sent_bytes') / MIB:,.1f} | {median(name, 'collectives'):.0f} |"
+        )
+    lines += [
+        "",
+        f"By part, {what} in a step under the stopwatch, and share of it:",
+        "",
+        f"| step | {' | '.join(PARTS)} |",
+        "| --- |" + " ---: |" * len(PARTS),
+    ]
+    for name in runs:
+        times = [median(name, kind, part) for part in PARTS]
+        cells = [f"{1e3 * t:,.1f} ({100 * t / sum(times):.0f} %)" for t in times]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine(device: str) -> str:
+    """Say what was measured on."""
+    versions = ", ".join(f"{name} {number}" for name, number in installed().items())
+    if device == "cuda":
+        import torch
+
+        return f"{torch.cuda.get_device_name()}, {versions}"
+    return f"{os.cpu_count()} cores of {platform.machine()}, {versions}"
 
 
 if __name__ == "__main__":
