@@ -23,6 +23,7 @@ from cocoa_dist.batch import VisionLayout
 from cocoa_dist.config import ModelConfig
 from cocoa_dist.distributed import rank
 from cocoa_dist.inputs import check_model_folder, model_type
+from cocoa_dist.model.compiled import compile_layers
 from cocoa_dist.model.families import FAMILIES, Family, family_of
 from cocoa_dist.model.shell import without_weights
 
@@ -35,7 +36,6 @@ _ATTENTION_NAMES = {
     "flash_attn": "cocoa_fa",
     "flash_attn_4": "cocoa_fa4",
 }
-_COMPILED_KINDS = 64
 
 
 def load_backbone(
@@ -139,39 +139,6 @@ def route_attention(
         block.attn.windowed = family.is_windowed(visual.config, number)
     if family.has_deepstack:
         model.model.language_model._deepstack_process = _add_at_rows
-
-
-def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None:
-    """Compile the decoder layers and vision blocks with torch.compile; attention stays as it is.
-
-    Names of parameters do not change. Lengths are symbols from the start: every pack has others.
-    """
-    from torch import _dynamo as dynamo  # a second to import, for those who compile
-
-    language, visual = model.model.language_model, model.model.visual
-    # Attention stays out: plans differ from pack to pack.
-    # One code object serves all layers: text, vision, windows or not, with and without gradients.
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _COMPILED_KINDS)
-    eager: Any = torch.compiler.disable(segment_attention)  # type: ignore[no-untyped-call]
-    for attention in (*[x.self_attn for x in language.layers], *[x.attn for x in visual.blocks]):
-        attention.attend = eager
-    for layers in (language.layers, visual.blocks):
-        plain = type(layers[0]).forward.__wrapped__  # without transformers' own checkpointing
-        compiled = torch.compile(plain, backend=backend, dynamic=True)
-        for layer in layers:
-            layer.forward = partial(_run_compiled, layer, compiled)
-            # DeepSpeed reads it: ZeRO-3 gathers a layer's weights at once, ahead of the layer.
-            # Its hooks on every part would cut what is compiled into pieces of one operation.
-            layer._z3_leaf = True
-
-
-def _run_compiled(layer: nn.Module, compiled: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer; its activations are checkpointed around what was compiled, never inside."""
-    run = partial(compiled, layer, **kwargs)
-    if layer.gradient_checkpointing and layer.training:
-        checkpoint: Any = layer._gradient_checkpointing_func
-        return checkpoint(run, *args)
-    return run(*args)
 
 
 def vision_inputs(layout: VisionLayout) -> dict[str, Any]:

@@ -93,6 +93,20 @@ STEPS: tuple[Metric, ...] = (
         needs_gpu=True,
     ),
     gauge(
+        "cocoa_train_compiled_graphs",
+        Source.RANK_0,
+        "graphs",
+        "What model.compile_layers has had compiled on rank 0; 0 where it is off.",
+        record="compiled_graphs",
+    ),
+    gauge(
+        "cocoa_train_compile_stopped",
+        Source.RANK_0,
+        "0 or 1",
+        "1 since layers run without torch.compile again: it failed, or went on without end.",
+        record="compile_stopped",
+    ),
+    gauge(
         "cocoa_train_fill_ratio",
         Source.RANK_0,
         "ratio",

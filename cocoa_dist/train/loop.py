@@ -21,6 +21,7 @@ from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.distributed import rank, world_size
 from cocoa_dist.manifest import Manifest
 from cocoa_dist.metrics import METRICS_NAME, JsonLines
+from cocoa_dist.model.compiled import compilation_of
 from cocoa_dist.monitor import Monitor
 from cocoa_dist.runtime import StopRequest, stop_file_present
 from cocoa_dist.train.checkpoint import Checkpointer
@@ -140,6 +141,7 @@ class StageRun:
         self.spikes = self._spike_detector()
         self.watchdog = self._watchdog()
         self.step_cpu = 0.0
+        self.compilation = compilation_of(engine.module)
 
     def _spike_detector(self) -> SpikeDetector:
         guards = self.config.guards
@@ -417,6 +419,8 @@ class StageRun:
             "cpu_seconds": shared.cpu_seconds,
             "model_flops": shared.flops,
             **self._utilisation(shared, seconds),
+            "compiled_graphs": self.compilation.graphs if self.compilation else 0,
+            "compile_stopped": bool(self.compilation and self.compilation.stopped),
             "truncated_texts": round(shared.truncated),
             "shrunk_pictures": round(shared.shrunk),
             "loader_restarts": round(shared.worker_deaths),

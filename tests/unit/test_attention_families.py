@@ -36,9 +36,7 @@ from transformers import masking_utils
 
 from cocoa_dist.config import ConfigError, load_recipe
 from cocoa_dist.data.packing import EmbeddingInfo, build_pack
-from cocoa_dist.model.backbone import (
-    compile_layers,
-)
+from cocoa_dist.model.compiled import compile_layers
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.model.heads import HeadsConfig
 from cocoa_dist.segments import AttentionRule, Role

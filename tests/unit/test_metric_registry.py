@@ -40,6 +40,8 @@ RECORD = {
     "held_out_tied/unseen": 0.0,
     "model_flops": 1e9,
     "mfu": 0.4,
+    "compiled_graphs": 14,
+    "compile_stopped": False,
     "missing_negative_ratio": 0.1,
     "hidden_negative_ratio": 0.02,
     "similarity_bias": -9.0,
