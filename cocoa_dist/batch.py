@@ -95,6 +95,7 @@ class PackedBatch:
     num_filler_images: int
     num_samples: int
     num_image_tokens: int  # M plus the filler's
+    num_vectors: int = 1  # of an embedding; above 1 `pool_rows` has so many for each, in order
 
     def __post_init__(self) -> None:
         """Check the contract; costs nothing beside building the batch."""
@@ -113,6 +114,12 @@ class PackedBatch:
         counts = {len(getattr(self, name)) for name in _OF_EMBEDDINGS}
         if len(counts) != 1:
             raise ValueError(f"fields of embeddings differ in length: {sorted(counts)}")
+        pooled = len(self.pool_rows)
+        if self.num_vectors > 1 and pooled != self.num_embeddings * self.num_vectors:
+            raise ValueError(
+                f"{self.num_embeddings} embeddings of {self.num_vectors} vectors, but {pooled} "
+                "pool_rows"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -53,6 +53,11 @@ class ModelConfig(Strict):
         """Tokens whose embeddings are a parameter of their own, the same in all stages."""
         return self.compression_tokens or self.num_bridge_tokens - 1
 
+    @property
+    def bridge_length(self) -> int:
+        """Tokens of a bridge: learnt ones alone, or EOS with learnt ones behind it."""
+        return self.compression_tokens or self.num_bridge_tokens
+
     @model_validator(mode="after")
     def _one_bridge(self) -> "ModelConfig":
         if self.compression_tokens and self.num_bridge_tokens > 1:

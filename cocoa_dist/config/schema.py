@@ -217,7 +217,9 @@ class StageConfig(Strict):
     steps: Positive
     optimizer: OptimizerConfig
     adapter: AdapterConfig | None = None
-    pooling: Literal["last", "mean", "compression"] = "last"  # compression: mean over the bridge
+    # What an embedding is: the bridge's last token, the mean over all tokens or over the bridge, or
+    # the tokens of the bridge as several vectors, whose best matches are averaged.
+    pooling: Literal["last", "mean", "compression", "late_interaction"] = "last"
     freeze_vision: bool = False
 
     @property
@@ -413,6 +415,12 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"stage '{name}': pooling compression is over learnt tokens, and the model has "
                     "none; set model.compression_tokens, or model.num_bridge_tokens above 1"
+                )
+            if stage.pooling == "late_interaction" and self.model.bridge_length < 2:
+                raise ValueError(
+                    f"stage '{name}': pooling late_interaction keeps the tokens of a bridge as "
+                    "several vectors, and this model's has one; set model.num_bridge_tokens or "
+                    "model.compression_tokens above 1"
                 )
         return self
 

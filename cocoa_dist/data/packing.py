@@ -36,7 +36,7 @@ from cocoa_dist.data.vision_layout import vision_layout
 from cocoa_dist.segments import AttentionRule, Role, Segment
 
 Floats = NDArray[np.float32]
-Pooling = Literal["last", "mean", "compression"]
+Pooling = Literal["last", "mean", "compression", "late_interaction"]
 
 JOINT_EVERY = 4  # the index counts texts one by one; joined, each may take a token more
 _LEVELS = 2**16  # of noise
@@ -95,7 +95,10 @@ def build_pack(
         normalise=normalise_patches,
         replace=replace_pixels,
     )
-    pooled = _pooled_rows(samples, starts, lengths, pooling) if embeddings else _no_rows()
+    vectors = len(vocabulary.bridge_ids) if pooling == "late_interaction" else 1
+    pooled = _no_rows()
+    if embeddings:
+        pooled = _pooled_rows(samples, starts, lengths, pooling=pooling, vectors=vectors)
     num_real = sum(not s.sample.is_filler for s in samples)
     return PackedBatch(
         input_ids=_joined([s.input_ids for s in samples]),
@@ -123,6 +126,7 @@ def build_pack(
         num_filler_images=vision.num_fillers,
         num_samples=num_real,
         num_image_tokens=len(vision.pixels) // geometry.merge**2,
+        num_vectors=vectors,
     )
 
 
@@ -396,9 +400,21 @@ def _no_rows() -> _Rows:
 
 
 def _pooled_rows(
-    samples: Sequence[CorruptedSample], starts: Ints, lengths: Ints, pooling: Pooling
+    samples: Sequence[CorruptedSample],
+    starts: Ints,
+    lengths: Ints,
+    *,
+    pooling: Pooling,
+    vectors: int,
 ) -> _Rows:
-    """Return the rows each sample's embedding is averaged from: its last, its bridge, or all."""
+    """Return the rows each sample's embedding is averaged from: its last, its bridge, or all.
+
+    With several vectors an embedding the rows of its bridge are these; a filler's one is repeated.
+    """
+    if vectors > 1:
+        ends = [np.resize(_bridge(s), vectors) for s in samples]
+        rows = [one + start for one, start in zip(ends, starts, strict=True)]
+        return _Rows(np.concatenate(rows), np.repeat(np.arange(len(starts)), vectors))
     if pooling == "compression":
         rows = [_bridge(s) + start for s, start in zip(samples, starts, strict=True)]
         counts = [len(one) for one in rows]

@@ -124,12 +124,23 @@ def embed(
 
 
 class Encoder:
-    """A sentence-transformers folder that checks what it is asked and what it gives."""
+    """A sentence-transformers folder that checks what it is asked and what it gives.
+
+    Raises ValueError for one whose embeddings are several vectors each.
+    """
 
     def __init__(self, path: Path, *, device: str) -> None:
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
+        from cocoa_dist.export.selftest import refuse_several_vectors
+
+        refuse_several_vectors(
+            path,
+            needed_by="this evaluation",
+            instead="score its held-out sets with `python -m cocoa_dist.report RUN`, or evaluate a "
+            "model trained with another pooling",
+        )
         logging.disable_progress_bar()  # ours is the one to look at
         self.model: SentenceTransformer = SentenceTransformer(
             str(path), device=device, local_files_only=True

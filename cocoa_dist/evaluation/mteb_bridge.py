@@ -22,6 +22,7 @@ from cocoa_dist.evaluation.rows import (
     read_set,
 )
 from cocoa_dist.evaluation.vector_files import table_for
+from cocoa_dist.export.selftest import refuse_several_vectors
 
 MAX_PIXELS = 100_000_000
 _SPLIT, _SUBSET = "test", "default"
@@ -35,6 +36,11 @@ def as_mteb(path: Path, *, device: str = "cpu") -> Any:
     if not path.is_dir():
         raise ValueError(f"{path} is no folder: expected an exported model")
     _need_mteb()
+    refuse_several_vectors(
+        path,
+        needed_by="this bridge",
+        instead="give mteb sentence_transformers.MultiVectorEncoder(folder) itself",
+    )
     from mteb.models import SentenceTransformerEncoderWrapper
     from sentence_transformers import SentenceTransformer
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cocoa_dist.export.templates import IMAGE_TOKEN, ImageSettings, Pooling
+from cocoa_dist.export.templates import IMAGE_TOKEN, SEVERAL_VECTORS, ImageSettings, Pooling
 
 # One folder's self-test, run in one release of most versions: 5.1 ignores text_config.is_causal;
 # 5.2 and 5.3 honour it only in batches with padding (without any they build no mask, and SDPA falls
@@ -68,10 +68,16 @@ class CardFacts:
 
 def model_card(info: CardInfo, facts: CardFacts) -> str:
     """Return the whole README.md."""
+    become = f"vectors of {facts.width} numbers (L2 norm 1) that are compared by cosine."
+    if facts.pooling == "late_interaction":
+        become = (
+            f"{len(facts.bridge)} vectors each, of {facts.width} numbers (L2 norm 1), that are "
+            "compared by late interaction: the mean, over the vectors of what is looked for, of "
+            "each one's best cosine."
+        )
     sections = [
         _front_matter(info),
-        f"# {info.name}\n\nText, pictures, and pictures with text become vectors of "
-        f"{facts.width} numbers (L2 norm 1) that are compared by cosine.",
+        f"# {info.name}\n\nText, pictures, and pictures with text become {become}",
         _usage(facts),
         _instructions(facts),
         _plain_usage(facts),
@@ -98,14 +104,17 @@ def _front_matter(info: CardInfo) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
+    kind, needs = "SentenceTransformer", "`sentence-transformers`"
+    if facts.pooling == "late_interaction":
+        kind, needs = SEVERAL_VECTORS, "`sentence-transformers` >= 6.2 (`MultiVectorEncoder`)"
     return f"""## Use
 
-Needs `sentence-transformers` and `pillow`; no torchvision, no `trust_remote_code`.
+Needs {needs} and `pillow`; no torchvision, no `trust_remote_code`.
 
 ```python
 from PIL import Image
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("path/to/this/folder")
+from sentence_transformers import {kind}
+model = {kind}("path/to/this/folder")
 picture = Image.open("picture.png")
 both = {{"image": picture, "text": "an octopus"}}
 vectors = model.encode([{{"text": "an octopus"}}, {{"image": picture}}, both])
@@ -147,10 +156,12 @@ def _plain_usage(facts: CardFacts) -> str:
         pool = "hidden[torch.arange(len(hidden)), batch.attention_mask.sum(1) - 1]"
     elif facts.pooling == "compression":
         pool = f"torch.stack([one[-{len(facts.bridge)}:].mean(0) for one in unpadded])"
+    elif facts.pooling == "late_interaction":
+        pool = f"torch.stack([one[-{len(facts.bridge)}:] for one in unpadded])"
     else:
         pool = "(hidden * (w := batch.attention_mask[..., None])).sum(1) / w.sum(1)"
     unpadded = ""
-    if facts.pooling == "compression":
+    if facts.pooling in ("compression", "late_interaction"):
         unpadded = (
             "    unpadded = [one[keep.bool()] for one, keep in zip(hidden, batch.attention_mask)]\n"
         )
@@ -223,6 +234,8 @@ def _details(facts: CardFacts) -> str:
         "mean": "mean over all tokens",
         "compression": f"mean over the last {len(facts.bridge)} tokens, `{facts.bridge[0]}` to "
         f"`{facts.bridge[-1]}`, by WordWeights",
+        "late_interaction": f"none; the last {len(facts.bridge)} tokens, `{facts.bridge[0]}` to "
+        f"`{facts.bridge[-1]}`, are the vectors, by MultiVectorMask",
     }[facts.pooling]
     resizing = (
         "not measured for this folder"

@@ -46,6 +46,8 @@ def export_folder(
 ) -> None:
     """Write a folder that SentenceTransformer(destination) and transformers load as they are.
 
+    With pooling late_interaction it is a folder of MultiVectorEncoder(destination).
+
     model is the trained Qwen2VLForConditionalGeneration on CPU, adapters merged; it and the
     tokenizer are not changed. prompts are named instructions without a space at the end.
     max_text_tokens is training's limit for instruction + text (None: the model's own length).
@@ -62,10 +64,10 @@ def export_folder(
     _check_model(model, image_settings)
     ending = _ending(tokenizer, bridge)
     _check_tokenizer(tokenizer, model, ending)
-    if pooling == "compression" and not bridge:
-        raise ValueError("pooling is compression and bridge is empty: name the compression tokens")
-    if pooling not in templates.POOLING_MODES:
-        raise ValueError(f"pooling is {pooling!r}, expected one of {list(templates.POOLING_MODES)}")
+    if pooling in ("compression", "late_interaction") and not bridge:
+        raise ValueError(f"pooling is {pooling} and bridge is empty: name the compression tokens")
+    if pooling not in templates.POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}, expected one of {list(templates.POOLINGS)}")
     if max_text_tokens is not None and max_text_tokens < 1:
         raise ValueError(f"max_text_tokens is {max_text_tokens}, expected at least 1 or None")
     if not self_test:
@@ -81,7 +83,11 @@ def export_folder(
         width = model.config.get_text_config().hidden_size
         _write_sentence_transformers(staging, pooling=pooling, width=width, prompts=prompts)
         if pooling == "compression":
-            _write_token_weights(staging, tokenizer, ending)
+            weights = templates.token_weights_config(tokenizer.get_vocab(), ending)
+            _write_module(staging / templates.WEIGHTS_FOLDER, weights)
+        if pooling == "late_interaction":
+            mask = templates.mask_config(tokenizer.get_vocab(), ending)
+            _write_module(staging / templates.MASK_FOLDER, mask)
         _write_json(staging / "processor_config.json", templates.processor_config(image_settings))
         write_self_test(staging, self_test, image_settings)
         difference = _verify(staging, self_test, image_settings) if verify else None
@@ -215,26 +221,19 @@ def _write_tokenizer(
 def _write_sentence_transformers(
     staging: Path, *, pooling: Pooling, width: int, prompts: Mapping[str, str]
 ) -> None:
-    for name in ("1_Pooling", "2_Normalize"):
-        (staging / name).mkdir()
     _write_json(staging / "modules.json", templates.modules_config(pooling))
     _write_json(staging / "sentence_bert_config.json", templates.transformer_config())
     _write_json(
         staging / "config_sentence_transformers.json",
-        templates.sentence_transformers_config(prompts),
+        templates.sentence_transformers_config(prompts, pooling=pooling),
     )
-    _write_json(
-        staging / "1_Pooling" / "config.json", templates.pooling_config(pooling, width=width)
-    )
-    _write_json(staging / "2_Normalize" / "config.json", {})
+    if pooling in templates.POOLING_MODES:
+        _write_module(staging / "1_Pooling", templates.pooling_config(pooling, width=width))
+    _write_module(staging / "2_Normalize", templates.normalize_config(pooling))
 
 
-def _write_token_weights(
-    staging: Path, tokenizer: PreTrainedTokenizerBase, ending: Mapping[str, int]
-) -> None:
-    folder = staging / templates.WEIGHTS_FOLDER
+def _write_module(folder: Path, config: Mapping[str, Any]) -> None:
     folder.mkdir()
-    config = templates.token_weights_config(tokenizer.get_vocab(), ending)
     _write_json(folder / "config.json", config)
 
 

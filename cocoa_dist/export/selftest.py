@@ -16,10 +16,12 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from cocoa_dist.export.templates import ImageSettings
+from cocoa_dist.export.templates import SEVERAL_VECTORS, ImageSettings
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+    Encoder = SentenceTransformer | MultiVectorEncoder
 
 SELF_TEST_NAME = "selftest.json"
 SELF_TEST_FOLDER = "selftest"
@@ -33,16 +35,17 @@ class SelfTestVector:
     text: str | None
     image: Image.Image | Path | None
     instruction: str | None
-    vector: np.ndarray  # (D,) float32, L2 norm 1
+    vector: np.ndarray  # (D,) float32, L2 norm 1; (K, D) of a model of several vectors
 
     def __post_init__(self) -> None:
         if self.text is None and self.image is None:
             raise ValueError("self-test vector: text and image are both None, set at least one")
         vector = np.asarray(self.vector)
-        if vector.ndim != 1 or not np.isfinite(vector).all():
+        if vector.ndim not in (1, 2) or not np.isfinite(vector).all():
             raise ValueError(
-                f"self-test vector: need one finite vector of shape (D,), got shape {vector.shape}"
-                f" with {int((~np.isfinite(vector)).sum())} values that are not finite"
+                "self-test vector: need one finite vector of shape (D,), or several (K, D), got "
+                f"shape {vector.shape} with {int((~np.isfinite(vector)).sum())} values that are "
+                "not finite"
             )
 
 
@@ -84,8 +87,8 @@ def check_self_test(path: Path, *, tolerance: float = DEFAULT_TOLERANCE) -> Self
     return compare(load_encoder(path), path, tolerance=tolerance)
 
 
-def compare(encoder: "SentenceTransformer", path: Path, *, tolerance: float) -> SelfTestReport:
-    """check_self_test with a SentenceTransformer that is already loaded."""
+def compare(encoder: "Encoder", path: Path, *, tolerance: float) -> SelfTestReport:
+    """check_self_test with a model that is already loaded."""
     entries = _read_entries(path)
     differences = []
     for index, entry in enumerate(entries):
@@ -105,21 +108,47 @@ def compare(encoder: "SentenceTransformer", path: Path, *, tolerance: float) -> 
     )
 
 
-def load_encoder(path: Path) -> "SentenceTransformer":
-    """SentenceTransformer of a local folder on CPU; nothing is looked up elsewhere."""
-    # Here and not at the top: exporting without verification works without the extra `export`.
-    from sentence_transformers import SentenceTransformer
+def load_encoder(path: Path) -> "Encoder":
+    """SentenceTransformer of a local folder on CPU; nothing is looked up elsewhere.
 
-    return SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    Of a folder for late interaction it is a MultiVectorEncoder.
+    """
+    # Here and not at the top: exporting without verification works without the extra `export`.
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+    kind = MultiVectorEncoder if has_several_vectors(path) else SentenceTransformer
+    encoder: Encoder = kind(str(path), device="cpu", local_files_only=True)
+    return encoder
+
+
+def has_several_vectors(path: Path) -> bool:
+    """Whether a folder's embeddings are several vectors, for late interaction."""
+    file = path / "config_sentence_transformers.json"
+    if not file.is_file():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return isinstance(found, dict) and found.get("model_type") == SEVERAL_VECTORS
+
+
+def refuse_several_vectors(path: Path, *, needed_by: str, instead: str) -> None:
+    """Raise ValueError for a folder whose embeddings are several vectors, saying what to do."""
+    if has_several_vectors(path):
+        raise ValueError(
+            f"{path}: its embeddings are several vectors each (pooling late_interaction), "
+            f"{needed_by} takes one each: {instead}"
+        )
 
 
 def encode_one(
-    encoder: "SentenceTransformer",
+    encoder: "Encoder",
     text: str | None,
     picture: Image.Image | None,
     instruction: str | None,
 ) -> np.ndarray:
-    """One vector (D,) float64. Always a dict: a bare string may be taken for a picture's path."""
+    """One vector (D,), or several (K, D), float64.
+
+    Always of a dict: a bare string may be taken for a picture's path.
+    """
     parts: dict[str, Any] = {}
     if picture is not None:
         parts["image"] = picture
@@ -148,14 +177,14 @@ def write_self_test(
                 "text": item.text,
                 "image": name,
                 "instruction": item.instruction,
-                "vector": [float(value) for value in np.asarray(item.vector, dtype=np.float32)],
+                "vector": np.asarray(item.vector, dtype=np.float32).tolist(),
             }
         )
     (folder / SELF_TEST_NAME).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 def resize_difference(
-    encoder: "SentenceTransformer", vectors: Sequence[SelfTestVector], settings: ImageSettings
+    encoder: "Encoder", vectors: Sequence[SelfTestVector], settings: ImageSettings
 ) -> float | None:
     """Max absolute difference of vectors when Pillow resizes a picture instead of training's torch.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Pooling = Literal["last", "mean", "compression"]
+Pooling = Literal["last", "mean", "compression", "late_interaction"]
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
@@ -19,6 +19,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 POOLING_MODES: Mapping[str, str] = {"last": "lasttoken", "mean": "mean", "compression": "mean"}
+POOLINGS = (*POOLING_MODES, "late_interaction")  # the last keeps several vectors: no pooling
+SEVERAL_VECTORS = "MultiVectorEncoder"  # of sentence-transformers, for late interaction
 
 # Pictures first, then every text part joined by one space: sentence-transformers puts the
 # instruction in a system message before the user's, so it lands in front of the text. EOS is not
@@ -43,7 +45,10 @@ CHAT_TEMPLATE = (
 )
 
 
+_TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+_NORMALIZE = "sentence_transformers.base.modules.normalize.Normalize"
 WEIGHTS_FOLDER = "1_Weights"
+MASK_FOLDER = "1_Mask"
 
 
 @dataclass(frozen=True)
@@ -160,19 +165,43 @@ def tokenizer_config(saved: Mapping[str, Any], *, max_length: int) -> dict[str, 
 def modules_config(pooling: Pooling) -> list[dict[str, Any]]:
     """modules.json: transformer, pooling, normalisation, all classes of sentence-transformers.
 
-    A mean over compression tokens alone is a mean in which every other token weighs nothing.
+    A mean over compression tokens alone is a mean in which every other token weighs nothing. Where
+    they are vectors of their own, all other tokens are left out.
     """
+    if pooling == "late_interaction":
+        mask = "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask"
+        return _numbered(
+            {
+                "": _TRANSFORMER,
+                MASK_FOLDER: f"{mask}.MultiVectorMask",
+                "2_Normalize": _NORMALIZE,
+            }
+        )
     weights = "sentence_transformers.sentence_transformer.modules.word_weights.WordWeights"
     types = {
-        "": "sentence_transformers.base.modules.transformer.Transformer",
+        "": _TRANSFORMER,
         **({WEIGHTS_FOLDER: weights} if pooling == "compression" else {}),
         "1_Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
-        "2_Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+        "2_Normalize": _NORMALIZE,
     }
+    return _numbered(types)
+
+
+def _numbered(types: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return modules in order, from folder and class of each."""
     return [
         {"idx": index, "name": str(index), "path": path, "type": type_}
         for index, (path, type_) in enumerate(types.items())
     ]
+
+
+def mask_config(vocabulary: Mapping[str, int], bridge: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of MultiVectorMask: all tokens but those of the bridge are left out.
+
+    By its list of what to skip: that of what to keep is for documents alone.
+    """
+    words = sorted(vocabulary.keys() - bridge.keys(), key=lambda token: vocabulary[token])
+    return {"skiplist_words": words, "skiplist_tasks": ["query", "document"]}
 
 
 def token_weights_config(
@@ -209,7 +238,14 @@ def pooling_config(pooling: Pooling, *, width: int) -> dict[str, Any]:
     }
 
 
-def sentence_transformers_config(prompts: Mapping[str, str]) -> dict[str, Any]:
+def normalize_config(pooling: Pooling) -> dict[str, Any]:
+    """2_Normalize/config.json: of the pooled vector, or of each of several."""
+    return {"module_input_name": "token_embeddings"} if pooling == "late_interaction" else {}
+
+
+def sentence_transformers_config(
+    prompts: Mapping[str, str], *, pooling: Pooling = "last"
+) -> dict[str, Any]:
     """config_sentence_transformers.json. Raises ValueError on a prompt with spaces at an end."""
     for name, prompt in prompts.items():
         if prompt != prompt.strip():
@@ -217,9 +253,10 @@ def sentence_transformers_config(prompts: Mapping[str, str]) -> dict[str, Any]:
                 f"prompts[{name!r}] is {prompt!r}: remove the white space at its ends, "
                 "the chat template puts one space between instruction and text"
             )
+    several = pooling == "late_interaction"
     return {
-        "model_type": "SentenceTransformer",
+        "model_type": SEVERAL_VECTORS if several else "SentenceTransformer",
         "prompts": dict(prompts),
         "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": "meanmaxsim" if several else "cosine",
     }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cocoa_dist.data.records import Record, Side, side_hash, side_texts
-from cocoa_dist.export.selftest import load_encoder
+from cocoa_dist.export.selftest import load_encoder, refuse_several_vectors
 from cocoa_dist.manifest import sha256_file
 
 Vectors = NDArray[np.float32]
@@ -94,6 +94,11 @@ class ExportedModel:
                 f"{folder} has no weights (*.safetensors): name a folder that `python -m "
                 "cocoa_dist.report RUN` has exported, or give --vectors"
             )
+        refuse_several_vectors(
+            folder,
+            needed_by="mining",
+            instead="mine with a model of single vectors, or give --vectors",
+        )
         parts = [sha256_file(file) for file in files]
         self.digest = hashlib.sha256("".join([*parts, instruction]).encode()).hexdigest()
         self._encoder = load_encoder(folder)

@@ -29,7 +29,7 @@ class ModelOutput(TransformersOutput):  # type: ignore[misc]
 
     logits_SV: Tensor | None = None  # at batch.label_rows
     patches_RC: Tensor | None = None  # at batch.patch_rows
-    embeddings_ED: Tensor | None = None  # float32, unit length
+    embeddings_ED: Tensor | None = None  # float32, unit length; (E, K, D) where K vectors each
     bridges_BKD: Tensor | None = None  # hidden states, without gradient; of bridges of K > 1 tokens
     similarity: Tensor | None = None  # (2,) float32: scale and bias, where they are trained
 
@@ -161,7 +161,11 @@ class EmbeddingModel(nn.Module):
     @staticmethod
     def _pooled(hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         return pool(
-            hidden_TD, rows=batch.pool_rows, index=batch.pool_index, count=batch.num_embeddings
+            hidden_TD,
+            rows=batch.pool_rows,
+            index=batch.pool_index,
+            count=batch.num_embeddings,
+            vectors=batch.num_vectors,
         )
 
 

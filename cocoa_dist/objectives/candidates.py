@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.distributed import all_gather_with_grad, gather_rows, rank
 from cocoa_dist.model.embedder import ModelOutput
+from cocoa_dist.objectives.matching import first, similarities
 
 QUERY, TARGET, NEGATIVE = 0, 1, 2  # sides of a pair; its further negatives count on
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A rank's pairs of one step, in the order of the plan; K hard negatives each."""
+    """A rank's pairs of one step, in the order of the plan; K hard negatives each.
+
+    Where an embedding is several vectors, D stands for two dimensions: vectors, width.
+    """
 
     query_BD: Tensor
     target_BD: Tensor
@@ -44,11 +47,6 @@ class Candidates:
     def cut(self, dimension: int) -> "Candidates":
         """Return the candidates by the first dimensions of their vectors, unit length again."""
         return Candidates(first(self.rows_CD, dimension), self.hidden_BC, self.own_B)
-
-
-def first(rows_ND: Tensor, dimension: int) -> Tensor:
-    """Return unit vectors of the first dimensions (arXiv 2205.13147)."""
-    return F.normalize(rows_ND[:, :dimension], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def pairs_of(
     assert all(torch.equal(pair_ids[query_B], pair_ids[rows_B]) for rows_B in rows_SB[1:]), (
         "a pair lost a side"
     )
-    count, width = len(query_B), embeddings.shape[1]
+    count = len(query_B)
     negative_BK = torch.stack(negative_KB, dim=1) if negatives else query_B.new_zeros(count, 0)
     labels_E2 = torch.zeros(len(pair_ids), 2, dtype=torch.int64, device=query_B.device)
     if negatives:  # else nobody may have filled them in
@@ -95,7 +93,7 @@ def pairs_of(
         weight_B=weights[target_B],
         negative_BKD=embeddings[negative_BK]
         if negatives
-        else embeddings.new_zeros(count, 0, width),
+        else embeddings.new_zeros(count, 0, *embeddings.shape[1:]),
         label_BK2=labels_E2[negative_BK],
         weight_BK=weights[negative_BK],
         content_B=labels_E2[target_B, 1],
@@ -160,7 +158,7 @@ def _same_as_target(pairs: Pairs) -> Tensor:
 @torch.no_grad()
 def _closer(from_BD: Tensor, rows_CD: Tensor, own_B: Tensor, *, margin: float) -> Tensor:
     """Mark what is more similar than the own candidate by more than `margin`, as it is now."""
-    similar_BC = from_BD @ rows_CD.T
+    similar_BC = similarities(from_BD, rows_CD)
     return similar_BC > similar_BC.gather(1, own_B[:, None]) + margin
 
 

@@ -23,10 +23,10 @@ from cocoa_dist.objectives.candidates import (
     Candidates,
     Gathered,
     Pairs,
-    first,
     gather,
     pairs_of,
 )
+from cocoa_dist.objectives.matching import end_to_end, first, own_similarities
 from cocoa_dist.objectives.similarity import distillation_sum, info_nce_sum, sigmoid_sum
 
 log = logging.getLogger("cocoa_dist.objectives")
@@ -153,7 +153,7 @@ class Contrastive:
         """Compare the model's view of a query's own target and negatives with the teacher's."""
         sides_BSD = torch.cat([pairs.target_BD[:, None], pairs.negative_BKD], dim=1)
         return distillation_sum(
-            (pairs.query_BD[:, None] * sides_BSD).sum(dim=-1),
+            own_similarities(pairs.query_BD, sides_BSD),
             pairs.score_BS,
             temperature=temperature,
             teacher_temperature=self.config.teacher_temperature,
@@ -162,13 +162,17 @@ class Contrastive:
 
     @torch.no_grad()
     def _measure(self, pairs: Pairs, gathered: Gathered) -> None:
-        """Add up how the unit vectors of usable pairs lie to each other, and what is left out."""
+        """Add up how the unit vectors of usable pairs lie to each other, and what is left out.
+
+        Several vectors of an embedding count as one, end to end.
+        """
         weight_N, own_B = gathered.weight_N, gathered.to_targets.own_B
-        target_BD, weight_B, count = pairs.target_BD.detach(), pairs.weight_B, len(weight_N)
-        cosine_BN = target_BD @ gathered.to_targets.rows_CD[:count].detach().T
+        weight_B, count = pairs.weight_B, len(weight_N)
+        target_BD = end_to_end(pairs.target_BD.detach())
+        cosine_BN = target_BD @ end_to_end(gathered.to_targets.rows_CD[:count].detach()).T
         weight_BN = weight_B[:, None] * weight_N[None, :]
         other_BN = weight_BN.scatter(1, own_B[:, None], 0.0)
-        distance_B = (pairs.query_BD.detach() - target_BD).square().sum(dim=1)
+        distance_B = (end_to_end(pairs.query_BD.detach()) - target_BD).square().sum(dim=1)
         hidden_BC = gathered.to_targets.hidden_BC
         self.measures.add(
             distances=(distance_B * weight_B).sum(),

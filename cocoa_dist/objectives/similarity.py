@@ -1,6 +1,6 @@
 """Losses over similarities: each a sum over this rank's queries, in nats.
 
-Similarities are cosines of unit vectors; what is hidden from a query is no part of its loss.
+Similarities are in [-1, 1], see matching.py; what is hidden from a query is no part of its loss.
 """
 
 import torch
@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cocoa_dist.objectives.candidates import Candidates
+from cocoa_dist.objectives.matching import similarities
 
 
 def info_nce_sum(
     from_BD: Tensor, candidates: Candidates, *, temperature: Tensor | float, weight_B: Tensor
 ) -> Tensor:
     """InfoNCE (arXiv 1807.03748, eq. 4): cross-entropy of the own candidate among all."""
-    logits_BC = from_BD @ candidates.rows_CD.T / temperature
+    logits_BC = similarities(from_BD, candidates.rows_CD) / temperature
     logits_BC = logits_BC.masked_fill(candidates.hidden_BC, -torch.inf)
     loss_B = F.cross_entropy(logits_BC, candidates.own_B, reduction="none")
     return (loss_B * weight_B).sum()
@@ -29,7 +30,7 @@ def sigmoid_sum(
     weight_B: Tensor,
 ) -> Tensor:
     """SigLIP (arXiv 2303.15343, eq. 1): is each candidate the own one, summed over candidates."""
-    logits_BC = from_BD @ candidates.rows_CD.T / temperature + bias
+    logits_BC = similarities(from_BD, candidates.rows_CD) / temperature + bias
     sign_BC = torch.full_like(logits_BC, -1.0).scatter(1, candidates.own_B[:, None], 1.0)
     loss_BC = -F.logsigmoid(sign_BC * logits_BC)
     loss_B = loss_BC.masked_fill(candidates.hidden_BC, 0.0).sum(dim=1)

@@ -55,7 +55,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class SetVectors:
-    """The two sides of one held-out set as one model embeds them; unit vectors (N, D)."""
+    """The two sides of one held-out set as one model embeds them: unit vectors (N, D).
+
+    (N, K, D) of a model whose embeddings are several vectors.
+    """
 
     text_ND: Vectors
     image_ND: Vectors

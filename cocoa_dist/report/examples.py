@@ -23,7 +23,7 @@ from cocoa_dist.data.samples import (
 from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.report.arms import HeldOut, SetVectors
 from cocoa_dist.segments import Role, Segment, attention_rule, dense_visibility
-from cocoa_dist.train.evaluate import Embedder, recall
+from cocoa_dist.train.evaluate import Embedder, Vectors, recall, similarity_matrix
 
 _VARIANCE_FLOOR = 1e-6  # of normalised patches, as in packing
 _MASKED_RECORDS = 192  # held-out records that the shares of right guesses are counted on
@@ -84,7 +84,7 @@ def found_pictures(
 ) -> list[Found]:
     """Answer the first `count` text queries in hash order among all pictures of the set."""
     chosen = hash_order(held_out.records)[:count]
-    scores_BN = vectors.text_ND[chosen] @ vectors.image_ND.T
+    scores_BN = similarity_matrix(vectors.text_ND[chosen], vectors.image_ND)
     order_BN = np.argsort(-scores_BN, axis=1, kind="stable")
     ranks = ranks_of(vectors, chosen)
     other_ranks = {name: ranks_of(found, chosen) for name, found in others.items()}
@@ -106,7 +106,7 @@ def found_pictures(
 
 def ranks_of(vectors: SetVectors, queries: Sequence[int]) -> list[int]:
     """Rank of the right picture of each text query; 1 is best, ties count as their middle."""
-    scores_BN = vectors.text_ND[queries] @ vectors.image_ND.T
+    scores_BN = similarity_matrix(vectors.text_ND[queries], vectors.image_ND)
     right_B1 = scores_BN[np.arange(len(queries)), queries][:, None]
     above_B = (scores_BN > right_B1).sum(axis=1)
     tied_B = (scores_BN == right_B1).sum(axis=1)  # the right one included
@@ -114,9 +114,12 @@ def ranks_of(vectors: SetVectors, queries: Sequence[int]) -> list[int]:
 
 
 def project(title: str, *, vectors: Mapping[str, SetVectors], shown: Sequence[int]) -> Space:
-    """Project all sets together on their two main axes; return the rows of `shown`."""
-    text_ND = np.concatenate([found.text_ND for found in vectors.values()])
-    image_ND = np.concatenate([found.image_ND for found in vectors.values()])
+    """Project all sets together on their two main axes; return the rows of `shown`.
+
+    Of an embedding of several vectors their mean is shown.
+    """
+    text_ND = np.concatenate([_single(found.text_ND) for found in vectors.values()])
+    image_ND = np.concatenate([_single(found.image_ND) for found in vectors.values()])
     both = np.concatenate([text_ND, image_ND])
     centred = both - both.mean(axis=0)
     variances, axes = np.linalg.eigh(centred.T @ centred)  # ascending
@@ -124,7 +127,7 @@ def project(title: str, *, vectors: Mapping[str, SetVectors], shown: Sequence[in
     axes_D2 = axes_D2 * np.sign(axes_D2[np.abs(axes_D2).argmax(axis=0), [0, 1]])
     points = (centred @ axes_D2).astype(np.float32)
     hits = [
-        recall(found.text_ND @ found.image_ND.T)["r1"] * len(found.text_ND)
+        recall(similarity_matrix(found.text_ND, found.image_ND))["r1"] * len(found.text_ND)
         for found in vectors.values()
     ]
     rows = np.asarray(shown, dtype=np.int64)
@@ -135,6 +138,11 @@ def project(title: str, *, vectors: Mapping[str, SetVectors], shown: Sequence[in
         explained=float(variances[-2:].sum() / max(variances.sum(), 1e-12)),
         recall_at_1=sum(hits) / len(text_ND),
     )
+
+
+def _single(vectors: Vectors) -> Vectors:
+    """Return one vector an embedding, (N, D)."""
+    return vectors if vectors.ndim == 2 else vectors.mean(axis=1)
 
 
 def stage_visibility(

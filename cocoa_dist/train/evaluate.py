@@ -31,6 +31,7 @@ from cocoa_dist.manifest import stage_end
 from cocoa_dist.model.backbone import load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.model.heads import HeadsConfig
+from cocoa_dist.objectives.matching import similarities
 from cocoa_dist.segments import AttentionRule, attention_rule
 from cocoa_dist.train.build import (
     image_geometry,
@@ -41,6 +42,7 @@ from cocoa_dist.train.build import (
 from cocoa_dist.train.checkpoint import WEIGHTS_NAME
 
 CUTOFFS = (1, 5, 10)
+_SCORED_TOGETHER = 256  # queries of several vectors each: memory
 Vectors = NDArray[np.float32]
 
 
@@ -65,7 +67,7 @@ class Embedder:
     batch_size: int
 
     def embed(self, items: Sequence[Item]) -> Vectors:
-        """Return unit vectors (N, D), float32, in the order of the items."""
+        """Return unit vectors (N, D), float32, in the order of the items; (N, K, D) if several."""
         samples = [self.sample(item) for item in items]
         parts = [
             self._batch(samples[begin : begin + self.batch_size])
@@ -183,9 +185,22 @@ def retrieval_scores(text_ND: Vectors, image_ND: Vectors) -> dict[str, object]:
     return {
         "n": count,
         "chance": {f"r{k}": 100.0 * min(k, count) / count for k in CUTOFFS},
-        "t2i": recall(text_ND @ image_ND.T),
-        "i2t": recall(image_ND @ text_ND.T),
+        "t2i": recall(similarity_matrix(text_ND, image_ND)),
+        "i2t": recall(similarity_matrix(image_ND, text_ND)),
     }
+
+
+def similarity_matrix(from_ND: Vectors, to_MD: Vectors) -> Vectors:
+    """Return how similar embeddings of one side are to those of the other, (N, M).
+
+    Single vectors (N, D): cosines. Several (N, K, D): late interaction, see objectives/matching.py.
+    """
+    if from_ND.ndim == 2:
+        return from_ND @ to_MD.T
+    from_NKD, to_MKD = torch.from_numpy(from_ND), torch.from_numpy(to_MD)
+    blocks = torch.split(from_NKD, _SCORED_TOGETHER)
+    matrix: Vectors = torch.cat([similarities(block, to_MKD) for block in blocks]).numpy()
+    return matrix
 
 
 def recall(scores_NN: Vectors) -> dict[str, float]:

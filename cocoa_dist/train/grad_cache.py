@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cocoa_dist.batch import PackedBatch
 from cocoa_dist.model.embedder import ModelOutput
-from cocoa_dist.objectives.base import Objective, weighted_total
+from cocoa_dist.objectives.base import Objective, measure_bridge, weighted_total
 
 
 class Backward(Protocol):
@@ -64,7 +64,7 @@ def cached_backward(
     for chunk in chunks:
         states.append(GeneratorState.now())
         with torch.set_grad_enabled(len(states) == len(chunks)):
-            outputs.append([what_is_read(forward(pack)) for pack in chunk])
+            outputs.append([_measured(forward(pack), pack, objective) for pack in chunk])
     end = GeneratorState.now()
     sums, cached = _loss_gradient(outputs, packs, objective=objective, factors=factors)
     last_chunk = outputs.pop()
@@ -77,6 +77,12 @@ def cached_backward(
         del again
     end.restore()
     return sums
+
+
+def _measured(output: ModelOutput, pack: PackedBatch, objective: Objective) -> ModelOutput:
+    """Return what is read of a pack, after measuring what is not kept of it."""
+    measure_bridge(objective.measures, output, pack)
+    return what_is_read(output)
 
 
 def what_is_read(output: ModelOutput) -> ModelOutput:

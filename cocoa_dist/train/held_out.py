@@ -29,6 +29,7 @@ from cocoa_dist.train.evaluate import (
     picture_item,
     read_records,
     recall,
+    similarity_matrix,
     text_item,
     tied_share,
 )
@@ -102,7 +103,7 @@ class HeldOut:
         beat: Callable[[], None],
         stop: Callable[[], bool],
     ) -> Vectors:
-        """Return one vector a record, (N, D); ranks take batches in turn. Collective."""
+        """Return an embedding a record, (N, D) or (N, K, D); ranks take turns. Collective."""
         batches = _batches(len(records), most=self.settings.batch_size, ranks=world_size())
         parts = []
         for begin in range(0, len(batches), world_size()):
@@ -111,7 +112,7 @@ class HeldOut:
             if sum_over_ranks(torch.tensor(float(stop()))).item():
                 raise _AskedToStopError
             vectors = embed(raise_together(partial(self._pack, [records[i] for i in mine], item)))
-            padded = vectors.new_zeros(len(batches[0]), vectors.shape[1])
+            padded = vectors.new_zeros(len(batches[0]), *vectors.shape[1:])
             padded[: len(vectors)] = vectors
             together = torch.split(gather_rows(padded), len(batches[0]))
             for own, part in zip(batches[begin : begin + world_size()], together, strict=False):
@@ -143,7 +144,7 @@ def _scored(name: str, texts: Vectors, pictures: Vectors) -> Mapping[str, float]
         if rank() == 0:
             log.warning("held-out set %s: embeddings are not finite, there is no recall", name)
         return {f"held_out_recall/{name}": math.nan, f"held_out_tied/{name}": math.nan}
-    ways = (texts @ pictures.T, pictures @ texts.T)
+    ways = (similarity_matrix(texts, pictures), similarity_matrix(pictures, texts))
     return {
         f"held_out_recall/{name}": sum(recall(way)[_CUTOFF] for way in ways) / 200.0,
         f"held_out_tied/{name}": sum(tied_share(way) for way in ways) / 2.0,

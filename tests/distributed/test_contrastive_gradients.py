@@ -20,6 +20,7 @@ def option(**fields: object) -> list[str]:
     return [f"{STAGE}.objective.{name}={value}" for name, value in fields.items()]
 
 
+LATE = ["model.num_bridge_tokens=3", f"{STAGE}.pooling=late_interaction"]
 OPTIONS = {
     "symmetric": [],
     "negatives": [NEGATIVES],
@@ -32,6 +33,17 @@ OPTIONS = {
     ],
     "margin": [NEGATIVES, *option(false_negative_margin=0.01)],
     "distillation": [NEGATIVES, *option(distillation_weight=0.5)],
+    "late interaction": LATE,
+    "late interaction, all": [
+        *LATE,
+        NEGATIVES,
+        *option(
+            matryoshka="[8, 32]",
+            learnable_temperature="true",
+            false_negative_margin=0.01,
+            distillation_weight=0.5,
+        ),
+    ],
     "all": [
         NEGATIVES,
         f"{STAGE}.data.negatives_choice=draw",
@@ -45,6 +57,7 @@ OPTIONS = {
         ),
     ],
 }
+LEARNABLE = ["learnable", "sigmoid, learnable"]
 # ranks, tokens a pack, GradCache
 WAYS = {
     "one rank, cached": (1, 220, "always"),
@@ -74,7 +87,7 @@ def found(tmp_path_factory):
         jobs = [
             {
                 "name": f"{tokens}/{cache}/{name}",
-                "steps": 2 if "learnable" in name else 1,  # a second one shows what moved
+                "steps": 2 if name in LEARNABLE else 1,  # a second one shows what moved
                 "overrides": [
                     *SMALL,
                     f"{STAGE}.data.sources={{a: {{path: {data}}}}}",
@@ -140,7 +153,7 @@ def test_every_option_changes_the_loss(found) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["learnable", "sigmoid, learnable"])
+@pytest.mark.parametrize("name", LEARNABLE)
 def test_a_learnable_temperature_moves_alike_on_all_ranks(found, name) -> None:
     one = result(found, REFERENCE, name)
     assert one["health"][0]["temperature"] == pytest.approx(0.05)

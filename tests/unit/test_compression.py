@@ -6,14 +6,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from test_export import card_code
 from torch import nn
 
 from cocoa_dist.config import ConfigError, load_recipe
 from cocoa_dist.data.vocabulary import bridge_tokens
+from cocoa_dist.evaluation.embed import Encoder
 from cocoa_dist.export import check_self_test, export_folder
 from cocoa_dist.export.card import CardInfo
+from cocoa_dist.mining.vectors import ExportedModel
 from cocoa_dist.model.learnt import HiddenPatch, LearntTokens
 from cocoa_dist.report.arms import (
     _image_settings,
@@ -23,7 +25,7 @@ from cocoa_dist.report.arms import (
 )
 from cocoa_dist.train.__main__ import main
 from cocoa_dist.train.build import build_parts, first_steps, load_weights
-from cocoa_dist.train.evaluate import Item, load_embedder
+from cocoa_dist.train.evaluate import Item, load_embedder, similarity_matrix
 from cocoa_dist.train.visibility import picture_leak
 
 
@@ -170,6 +172,16 @@ def test_settings_that_do_not_fit_are_refused(override: str, message: str) -> No
         load_recipe("debug_coma", [override])
 
 
+@pytest.mark.parametrize("recipe", ["debug", "debug_coma"])
+def test_late_interaction_needs_more_than_one_token(recipe: str) -> None:
+    pooling = "stages.contrastive.pooling=late_interaction"
+    alone = {"debug": [], "debug_coma": ["model.compression_tokens=1"]}[recipe]
+    with pytest.raises(ConfigError, match="as several vectors, and this model's has one"):
+        load_recipe(recipe, [pooling, *alone])
+    more = {"debug": "model.num_bridge_tokens=2", "debug_coma": "model.compression_tokens=2"}
+    load_recipe(recipe, [pooling, more[recipe]])
+
+
 def test_a_learnt_mask_without_hidden_visual_tokens_is_refused() -> None:
     stage = "stages.eos_bridged_reconstruction.objective.mask_replacement=learned"
     with pytest.raises(ConfigError, match="image_mask_ratio and context_mask_ratio are 0"):
@@ -185,6 +197,15 @@ def test_a_learnt_mask_without_hidden_visual_tokens_is_refused() -> None:
         ([], "compression"),
         (["stages.contrastive.pooling=last"], "last"),
         (["model.compression_tokens=0", "model.num_bridge_tokens=3"], "compression"),
+        (["stages.contrastive.pooling=late_interaction"], "late_interaction"),
+        (
+            [
+                "model.compression_tokens=0",
+                "model.num_bridge_tokens=3",
+                "stages.contrastive.pooling=late_interaction",
+            ],
+            "late_interaction",
+        ),
     ],
 )
 def test_the_exported_folder_gives_the_vectors_of_training(overrides, pooling, tmp_path) -> None:
@@ -214,12 +235,32 @@ def test_the_exported_folder_gives_the_vectors_of_training(overrides, pooling, t
     )
     report = check_self_test(tmp_path / "model")
     assert report.passed, report.describe()
-    encoder = SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    batch = encoder.encode([{"text": text} for text in texts])  # of unequal lengths: padded
-    torch.testing.assert_close(torch.tensor(batch), torch.tensor(before), rtol=0, atol=1e-4)
+    several = pooling == "late_interaction"
+    kind = MultiVectorEncoder if several else SentenceTransformer
+    encoder = kind(str(tmp_path / "model"), device="cpu")
+    inputs = [{"text": text} for text in texts]  # of unequal lengths: padded
+    assert stacked(encoder.encode(inputs)).shape == before.shape
+    torch.testing.assert_close(
+        stacked(encoder.encode(inputs)), torch.tensor(before), rtol=0, atol=1e-4
+    )
+    if several:  # both sides of a search, and the score that was trained
+        queries, answers = encoder.encode_query(inputs), encoder.encode_document(inputs)
+        found = encoder.similarity(queries, answers)
+        torch.testing.assert_close(stacked(queries), torch.tensor(before), rtol=0, atol=1e-4)
+        expected = torch.tensor(similarity_matrix(before, before))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        with pytest.raises(ValueError, match="mining takes one each"):
+            ExportedModel(tmp_path / "model")
+        with pytest.raises(ValueError, match="this evaluation takes one each"):
+            Encoder(tmp_path / "model", device="cpu")
     card = (tmp_path / "model" / "README.md").read_text()
     assert ("by WordWeights" in card) == (pooling == "compression")
     of_transformers_alone(tmp_path / "model", encoder)
+
+
+def stacked(vectors) -> torch.Tensor:
+    """Vectors of all inputs, whichever kind of model made them."""
+    return torch.stack([torch.as_tensor(one) for one in vectors])
 
 
 def of_transformers_alone(folder, encoder) -> None:
@@ -230,5 +271,5 @@ def of_transformers_alone(folder, encoder) -> None:
     code = code.replace("path/to/this/folder", str(folder))
     names: dict = {}
     exec(code.replace('"picture.png"', repr(str(folder / "picture.png"))), names)
-    expected = torch.tensor(encoder.encode([{"image": picture, "text": "an octopus"}]))
+    expected = stacked(encoder.encode([{"image": picture, "text": "an octopus"}]))
     torch.testing.assert_close(names["vectors"], expected, rtol=0, atol=1e-4)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cocoa_dist.config import ContrastiveConfig
 from cocoa_dist.model.embedder import ModelOutput
 from cocoa_dist.objectives.contrastive import Contrastive
+from cocoa_dist.objectives.matching import similarities
 
 PAIRS, NEGATIVES, WIDTH = 6, 2, 8
 IDENTITY = [7, 3, 7, 9, 3, 1]  # pairs 0 and 2, 1 and 4 are the same thing
@@ -38,7 +39,7 @@ OPTIONS = {
 
 @dataclass
 class Made:
-    """Vectors (pairs, 2 + K, width) of float64, and how a rank sees them."""
+    """Embeddings (pairs, 2 + K, ...) of float64, and how a rank sees them."""
 
     vectors: torch.Tensor
     scores: torch.Tensor  # (pairs, 1 + K)
@@ -47,10 +48,17 @@ class Made:
     similarity: torch.Tensor | None
 
 
-def made(*, negatives: int, split: bool = True, scale: torch.Tensor | None = None) -> Made:
+def made(
+    *,
+    negatives: int,
+    split: bool = True,
+    scale: torch.Tensor | None = None,
+    shape: tuple[int, ...] = (WIDTH,),
+) -> Made:
+    """`shape` of an embedding: (width,), or (vectors, width)."""
     generator = torch.Generator().manual_seed(1)
     sides = 2 + negatives
-    vectors = torch.randn(PAIRS, sides, WIDTH, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(PAIRS, sides, *shape, generator=generator, dtype=torch.float64)
     vectors = F.normalize(vectors, dim=-1).requires_grad_()
     scores = torch.rand(PAIRS, sides - 1, generator=generator)
     scores[4] = math.nan  # a record without scores
@@ -117,7 +125,7 @@ def one_query(vectors, query, config, *, size, reverse, negatives, temperature, 
     left, right = (1, 0) if reverse else (0, 1)
     places = [(j, right) for j in range(PAIRS)]
     places += [(j, 2 + k) for j in range(PAIRS) for k in range(negatives)]
-    own_cosine = vectors[query, left] @ vectors[query, right]
+    own_cosine = similar(vectors[query, left], vectors[query, right])
     chosen = []
     for j, side in places:
         if (j, side) == (query, right):
@@ -133,20 +141,28 @@ def one_query(vectors, query, config, *, size, reverse, negatives, temperature, 
             usable, same = USABLE[j], IDENTITY[j] == IDENTITY[query]
         margin = config.false_negative_margin
         close = margin is not None and (
-            vectors[query, left] @ vectors[j, side] > own_cosine + margin
+            similar(vectors[query, left], vectors[j, side]) > own_cosine + margin
         )
         if usable and not (same and config.mask_false_negatives) and not close:
             chosen.append((j, side))
-    cut = (lambda v: F.normalize(v[:size], dim=0)) if config.matryoshka else (lambda v: v)
+    cut = (lambda v: F.normalize(v[..., :size], dim=-1)) if config.matryoshka else (lambda v: v)
     unit = [cut(vectors[j, side]) for j, side in chosen]
     start = cut(vectors[query, left])
-    scores = torch.stack([start @ one / temperature for one in unit])
+    scores = torch.stack([similar(start, one) / temperature for one in unit])
     own = chosen.index((query, right))
     if config.loss == "sigmoid":
         signs = [1.0 if index == own else -1.0 for index in range(len(chosen))]
         logs = [F.logsigmoid(sign * (s + bias)) for sign, s in zip(signs, scores, strict=True)]
         return -torch.stack(logs).sum()
     return scores.logsumexp(0) - scores[own]
+
+
+def similar(asks, answers):
+    """Cosine; of several vectors the mean of each one's best match."""
+    if asks.dim() == 1:
+        return asks @ answers
+    best = [max((one @ other for other in answers), key=lambda one: one.item()) for one in asks]
+    return torch.stack(best).mean()
 
 
 def distilled(found: Made, config, negatives, temperature):
@@ -158,16 +174,18 @@ def distilled(found: Made, config, negatives, temperature):
         teacher = torch.stack([found.scores[query, side - 1] for side in sides]).double()
         teacher = (teacher / config.teacher_temperature).softmax(0)
         vectors = found.vectors
-        student = torch.stack([vectors[query, 0] @ vectors[query, s] for s in sides]) / temperature
+        student = torch.stack([similar(vectors[query, 0], vectors[query, s]) for s in sides])
+        student = student / temperature
         total = total + (teacher * (teacher.log() - student.log_softmax(0))).sum()
     return total
 
 
+@pytest.mark.parametrize("shape", [(WIDTH,), (3, WIDTH)], ids=["one vector", "three"])
 @pytest.mark.parametrize("negatives", [0, NEGATIVES])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_terms_and_gradients_equal_loops_over_candidates(option, negatives) -> None:
+def test_terms_and_gradients_equal_loops_over_candidates(option, negatives, shape) -> None:
     config = ContrastiveConfig(temperature=0.2, **OPTIONS[option])
-    found = made(negatives=negatives)
+    found = made(negatives=negatives, shape=shape)
     objective = Contrastive(config, negatives=negatives)
     terms = objective.sums(found.outputs, found.packs)
     expected = slow(found, config, negatives=negatives, temperature=0.2, bias=config.bias)
@@ -199,6 +217,30 @@ def test_a_trained_scale_gets_its_gradient_through_every_pack(option) -> None:
     health = objective.health(measured)
     assert health["temperature"] == pytest.approx(0.2)
     assert health["similarity_bias"] == pytest.approx(-2.0)
+
+
+def test_several_vectors_are_measured_as_one_end_to_end() -> None:
+    found = made(negatives=NEGATIVES, shape=(3, WIDTH))
+    flat = [
+        ModelOutput(embeddings_ED=output.embeddings_ED.flatten(1) / 3**0.5)
+        for output in found.outputs
+    ]
+    health = []
+    for outputs in (found.outputs, flat):
+        objective = Contrastive(ContrastiveConfig(mask_false_negatives=False), negatives=NEGATIVES)
+        objective.sums(outputs, found.packs)
+        taken = objective.measures.take()
+        health.append(objective.health(dict(zip(objective.measures.names, taken, strict=True))))
+    for name in ("alignment", "uniformity", "effective_rank"):
+        assert health[0][name] == pytest.approx(health[1][name])
+
+
+def test_what_asks_sums_over_its_own_vectors() -> None:
+    """Late interaction asks in one direction: the best match of each vector that asks."""
+    x, y = torch.eye(2)
+    both, same = torch.stack([x, y]), torch.stack([x, x])
+    assert similarities(same[None], both[None]).item() == pytest.approx(1.0)
+    assert similarities(both[None], same[None]).item() == pytest.approx(0.5)
 
 
 def test_counts_are_those_of_usable_queries_and_of_scored_ones() -> None:

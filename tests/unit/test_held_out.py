@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,15 @@ from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.records import Record, image_part, text_part
 from cocoa_dist.data.shards import ShardReader, write_shards
 from cocoa_dist.train.build import load_vocabulary
+from cocoa_dist.train.evaluate import (
+    Embedder,
+    evaluate_sets,
+    load_embedder,
+    read_records,
+    recall,
+    record_sides,
+    similarity_matrix,
+)
 from cocoa_dist.train.held_out import HeldOut
 
 GEOMETRY = ImageGeometry(patch_size=8)
@@ -59,3 +69,47 @@ def test_an_evaluation_gives_way_to_a_stop() -> None:
     engine.packs = 0
     assert sets.scores(engine, beat=lambda: None, stop=lambda: engine.packs == 2) == {}
     assert engine.packs == 2
+
+
+class EmbeddersEngine:
+    """Embeds packs with the model of an embedder."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.model = embedder.model
+
+    @contextmanager
+    def embedding(self) -> Iterator[Any]:
+        with torch.no_grad():
+            yield lambda pack: self.model(pack).embeddings_ED
+
+
+def test_embeddings_of_several_vectors_are_scored_by_late_interaction() -> None:
+    config = load_recipe(
+        "debug",
+        [
+            f"evaluation.sets={{one: {{path: {ASSET_DIR / 'emoji' / 'validation'}, limit: 21}}}}",
+            "model.num_bridge_tokens=3",
+            "stages.contrastive.pooling=late_interaction",
+            "evaluation.batch_size=8",
+        ],
+    )
+    embedder = load_embedder(config, run_dir=None, after_stage="model")
+    records = read_records(config.evaluation.sets["one"])
+    sides = [record_sides(record, embedder) for record in records]
+    texts = embedder.embed([text for text, _ in sides])
+    pictures = embedder.embed([picture for _, picture in sides])
+    assert texts.shape == pictures.shape == (21, 3, 64)
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=-1), 1.0, atol=1e-5)
+
+    def slow(asks, answers):
+        return np.array([[(q @ a.T).max(axis=1).mean() for a in answers] for q in asks])
+
+    ways = slow(texts, pictures), slow(pictures, texts)
+    np.testing.assert_allclose(similarity_matrix(texts, pictures), ways[0], atol=1e-6)
+    sets = HeldOut(config, vocabulary=embedder.vocabulary, geometry=embedder.geometry)
+    engine: Any = EmbeddersEngine(embedder)
+    found = sets.scores(engine, beat=lambda: None, stop=lambda: False)["held_out_recall/one"]
+    expected = sum(recall(way)["r10"] for way in ways) / 200
+    assert found == pytest.approx(expected, abs=1.01 / 21)  # a tie in float32 may fall apart
+    whole = evaluate_sets(config, embedder)["one"]
+    assert whole["t2i"]["r10"] == pytest.approx(recall(ways[0])["r10"], abs=101 / 21)

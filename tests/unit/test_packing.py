@@ -308,6 +308,38 @@ def test_embeddings_are_pooled_from_their_own_sample(pooling: str) -> None:
     assert batch.pair_weights.tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
+def test_the_tokens_of_a_bridge_are_the_vectors_of_late_interaction() -> None:
+    vocabulary = replace(VOCABULARY, bridge=(VOCABULARY.eos, 95, 96))
+    short, long = sample([], 3), sample([(32, 32)], 2)
+    bridged = [
+        replace(
+            one,
+            input_ids=np.append(one.input_ids, vocabulary.bridge_ids),
+            segments=(*one.segments, Segment(n, n + 3, Role.BRIDGE)),
+            text_positions=np.append(one.text_positions, [False] * 3),
+        )
+        for one, n in ((short, len(short.input_ids)), (long, len(long.input_ids)))
+    ]
+    samples = [bridged[0], filler_sample(vocabulary), bridged[1]]
+    infos = [EmbeddingInfo(0, 0, 1), EmbeddingInfo(0, 1, 1, weight=0.0), EmbeddingInfo(1, 0, 2)]
+    batch = build_pack(
+        [uncorrupted(one, geometry=GEOMETRY) for one in samples],
+        rule=RULE,
+        geometry=GEOMETRY,
+        vocabulary=vocabulary,
+        embeddings=infos,
+        pooling="late_interaction",
+    )
+    first, end = len(bridged[0].input_ids), batch.num_tokens
+    filler = [first] * 3  # its one token stands for all three
+    expected = [*range(first - 3, first), *filler, *range(end - 3, end)]
+    assert batch.num_vectors == 3
+    assert batch.pool_rows.tolist() == expected
+    assert batch.pool_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    with pytest.raises(ValueError, match="3 embeddings of 2 vectors, but 9 pool_rows"):
+        replace(batch, num_vectors=2)
+
+
 @pytest.mark.parametrize("name", ["labels", "patch_targets", "pool_index"])
 def test_rows_without_their_values_are_refused(name: str) -> None:
     batch = pack(mixed_samples())
