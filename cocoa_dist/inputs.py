@@ -11,16 +11,17 @@ from cocoa_dist.config import ModelConfig, resolve_path
 SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-def check_model_folder(path: str) -> Path:
+def check_model_folder(path: str, *, named: str = "model.path") -> Path:
     """Return the folder of a Hugging Face model after checking that its parts are there.
 
-    Raises ValueError with one line that says what is missing.
+    `named`: the key of the recipe, for messages. Raises ValueError with one line that says what is
+    missing.
     """
     folder = resolve_path(path)
     if not folder.is_dir():
         raise ValueError(
-            f"model.path '{path}' is not a folder; download the model (for example with "
-            f"`hf download {path} --local-dir DIR`) and set model.path=DIR"
+            f"{named} '{path}' is not a folder; download the model (for example with "
+            f"`hf download {path} --local-dir DIR`) and set {named}=DIR"
         )
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if not list(folder.glob("*.safetensors")):

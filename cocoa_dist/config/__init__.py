@@ -18,6 +18,7 @@ from cocoa_dist.config.loading import (
 from cocoa_dist.config.metadataset import NAME_KEY, part_name, read_metadataset
 from cocoa_dist.config.model import ModelConfig, RandomModelConfig
 from cocoa_dist.config.objectives import (
+    STAGE_START,
     ContrastiveConfig,
     GradCacheConfig,
     NextTokenConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "FROM_MODEL",
     "NAME_KEY",
     "PACKAGE_DIR",
+    "STAGE_START",
     "AdapterConfig",
     "BlendPartConfig",
     "ConfigError",

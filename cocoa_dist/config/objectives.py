@@ -47,6 +47,9 @@ class GradCacheConfig(Strict):
     packs: Positive = 1  # of a chunk
 
 
+STAGE_START = "stage_start"  # `guide` of a stage: its model as it began
+
+
 class ContrastiveConfig(Strict):
     """Queries against the candidates of all ranks: targets, and hard negatives (data.negatives)."""
 
@@ -61,6 +64,10 @@ class ContrastiveConfig(Strict):
     # Candidates more similar to the query than its target by more than this are no negatives, by
     # what the model says itself (arXiv 2506.05176, eq. 1, has 0.1).
     false_negative_margin: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    # The same by a frozen model, `stage_start` or a folder: what it finds more similar than the
+    # target by more than the margin (arXiv 2402.16829 has 0).
+    guide: str | None = None
+    guide_margin: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     # Prefixes of the embedding that are trained to serve alone (arXiv 2205.13147), and their parts
     # in the loss; default: equal ones.
     matryoshka: Annotated[tuple[Positive, ...], Field(max_length=8)] = ()
@@ -78,6 +85,12 @@ class ContrastiveConfig(Strict):
             raise ValueError(
                 f"matryoshka_weights has {len(parts)} values for {len(dims)} dimensions in "
                 "matryoshka, expected as many, or none"
+            )
+        if self.guide_margin and self.guide is None:
+            raise ValueError(
+                f"guide_margin is {self.guide_margin} and there is no guide: name one, "
+                f"{STAGE_START} or a folder, or take the margin out (that of the model itself is "
+                "false_negative_margin)"
             )
         if self.learnable_temperature and 1.0 / self.temperature > self.max_scale:
             raise ValueError(

@@ -223,6 +223,12 @@ class StageConfig(Strict):
     freeze_vision: bool = False
 
     @property
+    def guide(self) -> str | None:
+        """The frozen model that says what is no negative: `stage_start`, a folder, or none."""
+        config = self.objective
+        return config.guide if isinstance(config, ContrastiveConfig) else None
+
+    @property
     def reads_scores(self) -> bool:
         """Whether the objective follows a teacher's scores in the records."""
         config = self.objective

@@ -112,40 +112,66 @@ def _rows_of_sides(packs: Sequence[PackedBatch], *, negatives: int) -> list[Tens
     return found
 
 
-def gather(pairs: Pairs, *, mask_false_negatives: bool, margin: float | None = None) -> Gathered:
+def gather(
+    pairs: Pairs,
+    *,
+    mask_false_negatives: bool,
+    margin: float | None = None,
+    guided: Pairs | None = None,
+    guide_margin: float = 0.0,
+) -> Gathered:
     """Gather the candidates of all ranks. Collective: call on all ranks, with equal B and K.
 
-    `margin`: also hide what is more similar to a query than its target by more than this.
+    `margin`: also hide what is more similar to a query than its target by more than this; and
+    `guide_margin` by the embeddings of another model, `guided`.
     """
     count, num_negatives = pairs.weight_BK.shape
-    sides = [pairs.query_BD[:, None], pairs.target_BD[:, None], pairs.negative_BKD]
-    all_NSD = all_gather_with_grad(torch.cat(sides, dim=1))
+    ways = _both_ways(pairs, all_gather_with_grad(_all_sides(pairs)))
+    judges = [] if margin is None else [(ways, margin)]
+    if guided is not None:
+        judges.append((_both_ways(guided, gather_rows(_all_sides(guided))), guide_margin))
     identity_N, weight_N = gather_rows(pairs.identity_B), gather_rows(pairs.weight_B)
     own_B = torch.arange(count, device=identity_N.device) + rank() * count
     hidden_BN = (weight_N == 0)[None, :].expand(count, -1).clone()
     if mask_false_negatives:
         hidden_BN |= pairs.identity_B[:, None] == identity_N[None, :]
-    targets_CD, hidden_BC = all_NSD[:, TARGET], hidden_BN
+    hidden_BC = hidden_BN
     weight_H = weight_N.new_zeros(0)
     if num_negatives:
         weight_H = gather_rows(pairs.weight_BK).flatten()
         hidden_BH = (weight_H == 0)[None, :].expand(count, -1)
         if mask_false_negatives:
             hidden_BH = hidden_BH | _same_as_target(pairs)
-        targets_CD = torch.cat([targets_CD, all_NSD[:, NEGATIVE:].flatten(0, 1)])
         hidden_BC = torch.cat([hidden_BN, hidden_BH], dim=1)
     both = []
-    for from_BD, rows_CD, hidden in (
-        (pairs.query_BD, targets_CD, hidden_BC),
-        (pairs.target_BD, all_NSD[:, QUERY], hidden_BN),
-    ):
-        left_out = hidden
-        if margin is not None:
-            left_out = hidden | _closer(from_BD, rows_CD, own_B, margin=margin)
-        left_out = left_out.clone()
+    for way, hidden in enumerate((hidden_BC, hidden_BN)):
+        left_out = hidden.clone()
+        for judged, most in judges:
+            left_out |= _closer(judged[way], own_B, margin=most)
         left_out[torch.arange(count, device=own_B.device), own_B] = False
-        both.append(Candidates(rows_CD, left_out, own_B))
+        both.append(Candidates(ways[way].rows_CD, left_out, own_B))
     return Gathered(both[0], both[1], weight_N, weight_H)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One direction: what asks, and all candidates."""
+
+    from_BD: Tensor
+    rows_CD: Tensor
+
+
+def _all_sides(pairs: Pairs) -> Tensor:
+    sides = [pairs.query_BD[:, None], pairs.target_BD[:, None], pairs.negative_BKD]
+    return torch.cat(sides, dim=1)
+
+
+def _both_ways(pairs: Pairs, all_NSD: Tensor) -> tuple[_Way, _Way]:
+    """Return queries to targets, then to their hard negatives; and targets to queries."""
+    targets_CD = all_NSD[:, TARGET]
+    if pairs.weight_BK.shape[1]:
+        targets_CD = torch.cat([targets_CD, all_NSD[:, NEGATIVE:].flatten(0, 1)])
+    return _Way(pairs.query_BD, targets_CD), _Way(pairs.target_BD, all_NSD[:, QUERY])
 
 
 def _same_as_target(pairs: Pairs) -> Tensor:
@@ -156,9 +182,9 @@ def _same_as_target(pairs: Pairs) -> Tensor:
 
 
 @torch.no_grad()
-def _closer(from_BD: Tensor, rows_CD: Tensor, own_B: Tensor, *, margin: float) -> Tensor:
+def _closer(way: _Way, own_B: Tensor, *, margin: float) -> Tensor:
     """Mark what is more similar than the own candidate by more than `margin`, as it is now."""
-    similar_BC = similarities(from_BD, rows_CD)
+    similar_BC = similarities(way.from_BD, way.rows_CD)
     return similar_BC > similar_BC.gather(1, own_B[:, None]) + margin
 
 

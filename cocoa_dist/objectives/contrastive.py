@@ -7,7 +7,7 @@ queries nor as candidates.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class Contrastive:
             *(("temperatures", "biases", "steps") if start else ()),
             *(("scored",) if config.distillation_weight else ()),
         )
+        # Embeds packs by a frozen model, where `config.guide` names one; given before training.
+        self.guide: Callable[[PackedBatch], Tensor] | None = None
         self._told = False  # that a step had no scores
 
     def counts(self, packs: Sequence[PackedBatch]) -> dict[str, float]:
@@ -95,6 +97,8 @@ class Contrastive:
             pairs,
             mask_false_negatives=config.mask_false_negatives,
             margin=config.false_negative_margin,
+            guided=self._guided(packs),
+            guide_margin=config.guide_margin,
         )
         temperature, bias = self._scale(outputs)
         sums = {}
@@ -108,6 +112,14 @@ class Contrastive:
         for output, pack in zip(outputs, packs, strict=True):
             measure_bridge(self.measures, output, pack)
         return sums
+
+    def _guided(self, packs: Sequence[PackedBatch]) -> Pairs | None:
+        """Return the pairs as the guide embeds them, one pack after the other."""
+        if self.config.guide is None:
+            return None
+        assert self.guide is not None, "build_engine gives it"
+        outputs = [ModelOutput(embeddings_ED=self.guide(pack)) for pack in packs]
+        return pairs_of(outputs, packs, negatives=self.negatives)
 
     def _scale(self, outputs: Sequence[ModelOutput]) -> tuple[Tensor | float, Tensor | float]:
         """Return temperature and bias; a trained one is in every output, so that each is used."""

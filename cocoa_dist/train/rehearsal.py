@@ -95,7 +95,7 @@ def overfit_one_batch(
     distributed.start(timeout_seconds=config.engine.timeout_seconds)
     seed_everything(config.seed)
     first = _first_batch(config, stage_name, run_dir=run_dir)
-    engine = build_engine(config, stage_name, first.parts)
+    engine = build_engine(config, stage_name, first.parts, run_dir=run_dir)
     stats = engine.train_step(first.batch.packs, step=1)
     log.info("step 1: %s", _terms(stats.parts))
     for step in range(2, steps + 1):

@@ -49,7 +49,7 @@ def refuse_other_base(found: Found, template: Manifest) -> None:
     if old is None:
         return
     pairs = [
-        ("base model (model.path or model.random)", old.base_model, template.base_model),
+        ("base model (model.path or model.random), or guide", old.base_model, template.base_model),
         ("parent stage", old.parent, template.parent),
     ]
     if old.parent_sha256 is not None:

@@ -15,6 +15,7 @@ from cocoa_dist.config import RunConfig, dump_yaml, fingerprint
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.manifest import DamagedEndError, Manifest, set_aside
 from cocoa_dist.monitor import Monitor
+from cocoa_dist.objectives.contrastive import Contrastive
 from cocoa_dist.runtime import (
     Fence,
     StopRequest,
@@ -27,6 +28,7 @@ from cocoa_dist.train.build import StageParts, base_model_digest, build_parts, l
 from cocoa_dist.train.checkpoint import Checkpointer, Found
 from cocoa_dist.train.ds_config import read_ds_config
 from cocoa_dist.train.engine import TrainEngine, import_deepspeed
+from cocoa_dist.train.guide import guide_digest, load_guide
 from cocoa_dist.train.held_out import HeldOut
 from cocoa_dist.train.loop import Progress, StageEnd, StageRun
 from cocoa_dist.train.resources import StepFlops
@@ -74,7 +76,7 @@ def run_stage(config: RunConfig, stage_name: str, *, run_dir: Path, stop: StopRe
         text_logits=parts.objective.heads.text_logits,
         patches_a_token=parts.geometry.merge**2,
     )
-    engine = build_engine(config, stage_name, parts)
+    engine = build_engine(config, stage_name, parts, run_dir=run_dir)
     held_out = None
     if config.evaluation.every_steps:
         held_out = HeldOut(config, vocabulary=parts.vocabulary, geometry=parts.geometry)
@@ -216,9 +218,13 @@ def import_engine(config: RunConfig) -> None:
         import_deepspeed()
 
 
-def build_engine(config: RunConfig, stage_name: str, parts: StageParts) -> TrainEngine:
-    """Wrap a stage's model. Collective: call on all ranks."""
+def build_engine(
+    config: RunConfig, stage_name: str, parts: StageParts, *, run_dir: Path | None = None
+) -> TrainEngine:
+    """Wrap a stage's model, and load its guide if it has one. Collective: call on all ranks."""
     stage = config.stages[stage_name]
+    if isinstance(parts.objective, Contrastive):  # first: what it takes is not free for weights
+        parts.objective.guide = load_guide(config, stage_name, parts, run_dir=run_dir)
     kind = TrainEngine
     if config.engine.kind == "fsdp2":
         from cocoa_dist.train.fsdp2 import Fsdp2Engine
@@ -280,7 +286,8 @@ def _template(
         world_size=world_size,
         engine="deepspeed_zero3" if config.engine.kind == "deepspeed" else config.engine.kind,
         versions=library_versions(),
-        base_model=base_model_digest(config, hash_files=hash_files_together),
+        base_model=base_model_digest(config, hash_files=hash_files_together)
+        + guide_digest(config.stages[stage_name], hash_files=hash_files_together),
         data_state={},
         samples=0,
         tokens=0,

@@ -222,6 +222,8 @@ def memory_parts(
         ),
         "logits": _logit_bytes(stage, shape, tokens=tokens),
     }
+    if stage.guide is not None:
+        parts["guide"] = float(width * shape.parameters)  # every card has all of it
     if config.engine.reduction == "coalesce":
         parts["gradients"] += width * trainable
     if cluster.card.name != "cpu":
@@ -315,7 +317,9 @@ def _passes(config: RunConfig, stage: StageConfig, *, packs: int) -> tuple[_Pass
     vision = 1.0 if stage.freeze_vision else text
     again = 1.0 if config.model.checkpoint_activations else 0.0
     again += 1.0 if _caches_gradients(stage, packs) else 0.0
-    redone = _Passes(text + again, vision + (0.0 if stage.freeze_vision else again))
+    guide = 1.0 if stage.guide is not None else 0.0
+    seen = vision + (0.0 if stage.freeze_vision else again)
+    redone = _Passes(text + again + guide, seen + guide)
     return redone, _Passes(text, vision)
 
 

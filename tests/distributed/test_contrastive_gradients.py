@@ -33,6 +33,7 @@ OPTIONS = {
     ],
     "margin": [NEGATIVES, *option(false_negative_margin=0.01)],
     "distillation": [NEGATIVES, *option(distillation_weight=0.5)],
+    "guide": [NEGATIVES, *option(guide="stage_start")],
     "late interaction": LATE,
     "late interaction, all": [
         *LATE,
@@ -41,6 +42,8 @@ OPTIONS = {
             matryoshka="[8, 32]",
             learnable_temperature="true",
             false_negative_margin=0.01,
+            guide="stage_start",
+            guide_margin=-0.005,
             distillation_weight=0.5,
         ),
     ],
@@ -87,7 +90,8 @@ def found(tmp_path_factory):
         jobs = [
             {
                 "name": f"{tokens}/{cache}/{name}",
-                "steps": 2 if name in LEARNABLE else 1,  # a second one shows what moved
+                # A second one shows what moved, and what did not.
+                "steps": 2 if name in (*LEARNABLE, "guide") else 1,
                 "overrides": [
                     *SMALL,
                     f"{STAGE}.data.sources={{a: {{path: {data}}}}}",

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO-3, FSDP2 and plain torch are the same training, and read each other's state."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,22 @@ from ranks import launch
 WORKER = Path(__file__).with_name("engines_worker.py")
 STEPS = 50
 STAGES = ("joint_reconstruction", "contrastive")
+GUIDE = ("stages.contrastive.objective.guide=stage_start",)
 SWITCHES = ("fsdp2 then fsdp2", "fsdp2 then deepspeed", "deepspeed then fsdp2")
 
 
-def job(stage: str, engine: str, *, steps: int, tokens_per_pack: int = 4096) -> dict[str, object]:
+def job(
+    stage: str, engine: str, *, steps: int, tokens_per_pack: int = 4096, more: Sequence[str] = ()
+) -> dict[str, object]:
     return {
-        "name": f"{stage} {engine}",
+        "name": " ".join([stage, engine, *more]),
         "recipe": "debug",
         "stage": stage,
         "overrides": [
             f"data.tokens_per_pack={tokens_per_pack}",
             f"stages.{stage}.batch_size=12",
             f"stages.{stage}.steps={steps}",
+            *more,
         ],
         "steps": steps,
         "engine": engine,
@@ -60,7 +65,13 @@ def test_an_engine_on_two_ranks_trains_like_plain_torch_for_50_steps(
 def test_state_goes_on_under_the_same_engine_or_the_other(tmp_path) -> None:
     stage = "contrastive"
     jobs = [job(stage, engine, steps=8) for engine in ("fsdp2", *SWITCHES)]
-    runs = launch(jobs, world_size=2, folder=tmp_path, worker=WORKER)
+    kinds = ("deepspeed", "fsdp2", "fsdp2 then deepspeed", "deepspeed then fsdp2")
+    guided = [job(stage, kind, steps=8, more=GUIDE) for kind in kinds]
+    runs = launch([*jobs, *guided], world_size=2, folder=tmp_path, worker=WORKER)
+    losses = [torch.tensor(runs[one["name"]]["losses"]) for one in guided]
+    for other in losses[1:]:  # one that goes on has the guide of the stage's start, not of its own
+        torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=1e-5)
+    assert abs(losses[0] - torch.tensor(runs[f"{stage} fsdp2"]["losses"])).min() > 1e-3
     whole = runs[f"{stage} fsdp2"]
     for engine in SWITCHES:
         found = runs[f"{stage} {engine}"]

@@ -72,6 +72,15 @@ def test_hard_negatives_cost_tokens_and_time():
     assert three.compute_seconds > none.compute_seconds
 
 
+def test_a_guide_costs_a_copy_of_the_weights_and_a_forward_pass():
+    none = found().stages[-1]
+    guided = found(overrides=["stages.contrastive.objective.guide=stage_start"]).stages[-1]
+    assert "guide" not in none.memory
+    assert guided.memory["guide"] == 2 * 8_292_166_656  # bfloat16
+    assert guided.hardware_flops > none.hardware_flops
+    assert guided.model_flops == none.model_flops
+
+
 def test_a_slow_network_costs_more_where_weights_are_gathered():
     def seconds(gbit: float) -> float:
         partitioned = ["engine.resident_parameters=false"]

@@ -33,6 +33,13 @@ OPTIONS = {
     "sigmoid": {"loss": "sigmoid", "bias": -2.0},
     "sigmoid, matryoshka": {"loss": "sigmoid", "bias": -2.0, "matryoshka": (4, 8)},
     "sigmoid, margin": {"loss": "sigmoid", "bias": -1.0, "false_negative_margin": 0.2},
+    "guide": {"guide": "stage_start"},
+    "guide and margin": {
+        "guide": "stage_start",
+        "guide_margin": 0.05,
+        "false_negative_margin": 0.1,
+        "symmetric": True,
+    },
     "distillation": {"distillation_weight": 0.5, "teacher_temperature": 0.3},
 }
 
@@ -95,6 +102,23 @@ def pack_of(rows, scores):
     )
 
 
+def guide_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    """What a guide makes of what a model makes `vectors` of: something like it."""
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(vectors.shape, generator=generator, dtype=vectors.dtype)
+    return F.normalize(vectors.detach() + 0.3 * noise, dim=-1)
+
+
+def guide_of(objective: Contrastive, found: Made) -> None:
+    """Give an objective that guide."""
+
+    def embed(pack) -> torch.Tensor:
+        return guide[pack.pair_ids, pack.sides]
+
+    guide = guide_vectors(found.vectors)
+    objective.guide = embed
+
+
 def slow(found: Made, config: ContrastiveConfig, *, negatives: int, temperature, bias):
     """Each term, candidate by candidate."""
     sizes = config.matryoshka or (WIDTH,)
@@ -143,6 +167,11 @@ def one_query(vectors, query, config, *, size, reverse, negatives, temperature, 
         close = margin is not None and (
             similar(vectors[query, left], vectors[j, side]) > own_cosine + margin
         )
+        if config.guide is not None:
+            guide = guide_vectors(vectors)
+            own_guided = similar(guide[query, left], guide[query, right])
+            guided = similar(guide[query, left], guide[j, side])
+            close = close or guided > own_guided + config.guide_margin
         if usable and not (same and config.mask_false_negatives) and not close:
             chosen.append((j, side))
     cut = (lambda v: F.normalize(v[..., :size], dim=-1)) if config.matryoshka else (lambda v: v)
@@ -187,6 +216,7 @@ def test_terms_and_gradients_equal_loops_over_candidates(option, negatives, shap
     config = ContrastiveConfig(temperature=0.2, **OPTIONS[option])
     found = made(negatives=negatives, shape=shape)
     objective = Contrastive(config, negatives=negatives)
+    guide_of(objective, found)
     terms = objective.sums(found.outputs, found.packs)
     expected = slow(found, config, negatives=negatives, temperature=0.2, bias=config.bias)
     assert terms.keys() == expected.keys() == objective.weights.keys()
@@ -280,6 +310,7 @@ def test_what_is_left_out_and_missing_is_measured() -> None:
         ({"temperature": 0.005, "learnable_temperature": True}, "more than max_scale 100"),
         ({"loss": "sigmoid", "symmetric": True}, "count it twice"),
         ({"false_negative_margin": 3.0}, "less than or equal to 2"),
+        ({"guide_margin": 0.1}, "there is no guide: name one"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(fields, words) -> None:
