@@ -54,6 +54,10 @@ def words_alone(number: int) -> dict[str, Any]:
     return {"text": f"said {number} and no more", "images": []}
 
 
+def pictures_alone(number: int) -> dict[str, Any]:
+    return {"text": None, "images": interleaved(number)["images"]}
+
+
 CASES = {
     "captions, caption": (captions, "captions", "caption"),
     "captions, bridged": (captions, "captions", "bridged"),
@@ -77,6 +81,7 @@ CASES = {
     "mmeb, interleaved": (mmeb, "mmeb", "interleaved"),
     "mmeb pictures, interleaved": (mmeb_of_pictures, "mmeb", "interleaved"),
     "interleaved, interleaved": (interleaved, "interleaved", "interleaved"),
+    "pictures alone, interleaved": (pictures_alone, "interleaved", "interleaved"),
     "words alone, interleaved": (words_alone, "interleaved", "interleaved"),
 }
 

@@ -226,6 +226,9 @@ def test_interleaved_documents_keep_the_order_of_texts_and_pictures() -> None:
         "images": [None, png(1), None, png(2), None],
     }
     assert read(Layout("interleaved"), lists).query == expected
+    for wordless in ("", None, "<image><image>"):
+        alone = read(Layout("interleaved"), {"text": wordless, "images": [png(1), png(2)]})
+        assert alone.query == (image_part(0), image_part(1))
     numbered = {"text": "<|image_2|> then <|image_1|>", "images": [png(1), png(2)]}
     assert read(Layout("interleaved"), numbered).query == (
         image_part(1),
@@ -306,7 +309,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"text": "<image> a", "images": [png(1), png(2)]},
         "there but not named: 1 of 2",
     ),
-    "only pictures": ("interleaved", {"text": "<image>", "images": [png()]}, "has no words"),
+    "nothing": ("interleaved", {"texts": [None], "images": [None]}, "neither words nor pictures"),
+    "no text, no pictures": ("interleaved", {"text": "", "images": []}, "text is empty"),
     "picture unreadable": (
         "captions",
         {"image": "x" * 300, "text": "a"},  # no file system takes that name

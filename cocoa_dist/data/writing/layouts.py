@@ -262,8 +262,12 @@ def _mmeb(cells: _Cells) -> _Made:
 
 
 def _interleaved(cells: _Cells) -> _Made:
-    """Read a document: texts and pictures in their order, all of it the query."""
-    text, images = cells.need("text"), cells.find("images")
+    """Read a document: texts and pictures in their order, all of it the query.
+
+    One without words is its pictures.
+    """
+    images = cells.find("images")
+    text = cells.need("text") if images is None else cells.find("text")
     if isinstance(text, list):  # as many texts as pictures, None where the other one stands
         side: list[Part] = []
         for one, image in zip(text, _filled(_listed(images), len(text)), strict=True):
@@ -273,9 +277,10 @@ def _interleaved(cells: _Cells) -> _Made:
                 side.append(text_part(_text(one, "text")))
         query = tuple(side)
     else:
-        query = _with_placeholders(cells, _text(text, "text"), images)
-    if not any(part.kind == "text" for part in query):
-        raise ValueError("text is empty: the document has no words")
+        written = "" if text is None else _text(text, "text")
+        query = _with_placeholders(cells, written, images)
+    if not query:
+        raise ValueError("text is empty: the document has neither words nor pictures")
     return _Made(query)
 
 
