@@ -88,7 +88,7 @@ class PackedBatch:
     bridge_rows: Tensor  # (B, K) int64: bridges of K > 1 tokens, of real samples that have one
     pair_ids: Tensor  # (E,) int64: position of an embedding's pair in the global batch
     sides: Tensor  # (E,) int64: 0 query, 1 target, 2 on its hard negatives
-    identities: Tensor  # (E,) int64: equal for targets that are the same thing
+    identities: Tensor  # (E,) int64: equal for records, of a target for targets, that are the same
     contents: Tensor  # (E,) int64: equal for equal texts and pictures; where there are negatives
     scores: Tensor  # (E,) float32: a teacher's, of this against the pair's query; NaN: none
     pair_weights: Tensor  # (E,) float32: 1, or 0 for what could not be used or is not there

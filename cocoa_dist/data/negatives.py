@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cocoa_dist.data.records import Record, Side, side_hash
+from cocoa_dist.data.records import Record, Side, content_hash, side_hash
 
 NEGATIVE_IDENTITIES = "negative_identities"
 SCORES = "scores"
@@ -38,11 +38,14 @@ class Negative:
 def target_label(record: Record, number: int, *, scored: bool) -> Label:
     """Return what positive `number` is known by; of a record without positives, its target.
 
-    Raises ValueError, with `scored`, for scores that do not fit the record.
+    A record that has no name for what it is about is known by its first positive: another one of
+    its positives is known by itself. Raises ValueError, with `scored`, for scores that do not fit.
     """
     sides = record.positives or (record.target,)
     score = _scores(record, "positives", count=len(sides))[number] if scored else math.nan
-    return Label(record.identity, side_hash(record, sides[number]), score)
+    content = side_hash(record, sides[number])
+    named = number == 0 or record.identity != content_hash(record)
+    return Label(record.identity if named else content, content, score)
 
 
 def chosen_negatives(

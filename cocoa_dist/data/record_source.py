@@ -26,7 +26,9 @@ _KINDS = (
     ("has no tokens", "text is empty"),
     ("dialogue without answers", "dialogue without answers"),
     ("empty after truncation", "target is cut away"),
+    ("is a positive of the same record", "negative is a positive"),
     ("the record has no", "no part for this view"),
+    ("meta.", "meta does not fit"),
     ("[Errno", "store fails"),
     ("msc://", "store fails"),
 )

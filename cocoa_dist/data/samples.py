@@ -44,7 +44,7 @@ class Sample:
     text_positions: Bools  # (n,): may be masked or supervised; never special or visual tokens
     truncated: int = 0  # texts that were cut
     is_filler: bool = False  # stands for a record that could not be used, or what it lacks
-    label: Label | None = None  # of the sides of a pair that has hard negatives
+    label: Label | None = None  # of a pair's target where its record alone does not say, negatives
 
 
 @dataclass(frozen=True)
@@ -271,9 +271,10 @@ def _pair_view(
     ):
         images = _load_side(record, side, draw=draw, settings=settings)
         made.append(_embedding(images, text, instruction, vocabulary=vocabulary, settings=settings))
-    if settings.negatives:
+    if settings.negatives or number:
         label = target_label(record, number, scored=settings.scored)
         made[1] = replace(made[1], label=label)
+    if settings.negatives:
         made += _negatives(record, draw=draw, vocabulary=vocabulary, settings=settings)
     return tuple(made)
 

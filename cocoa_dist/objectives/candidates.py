@@ -27,7 +27,8 @@ class Pairs:
 
     query_BD: Tensor
     target_BD: Tensor
-    identity_B: Tensor  # int64
+    identity_B: Tensor  # int64, of the records
+    drawn_B: Tensor  # int64, of the targets: another one where a record has several
     weight_B: Tensor  # float32, 1 or 0
     negative_BKD: Tensor
     label_BK2: Tensor  # int64, of the negatives: identity, content
@@ -89,7 +90,8 @@ def pairs_of(
     return Pairs(
         query_BD=embeddings[query_B],
         target_BD=embeddings[target_B],
-        identity_B=identities[target_B],
+        identity_B=identities[query_B],
+        drawn_B=identities[target_B],
         weight_B=weights[target_B],
         negative_BKD=embeddings[negative_BK]
         if negatives
@@ -130,11 +132,12 @@ def gather(
     judges = [] if margin is None else [(ways, margin)]
     if guided is not None:
         judges.append((_both_ways(guided, gather_rows(_all_sides(guided))), guide_margin))
-    identity_N, weight_N = gather_rows(pairs.identity_B), gather_rows(pairs.weight_B)
-    own_B = torch.arange(count, device=identity_N.device) + rank() * count
+    known_B2 = torch.stack([pairs.identity_B, pairs.drawn_B], dim=1)
+    known_N2, weight_N = gather_rows(known_B2), gather_rows(pairs.weight_B)
+    own_B = torch.arange(count, device=known_N2.device) + rank() * count
     hidden_BN = (weight_N == 0)[None, :].expand(count, -1).clone()
     if mask_false_negatives:
-        hidden_BN |= pairs.identity_B[:, None] == identity_N[None, :]
+        hidden_BN |= (known_B2[:, None] == known_N2[None]).any(dim=-1)
     hidden_BC = hidden_BN
     weight_H = weight_N.new_zeros(0)
     if num_negatives:

@@ -76,6 +76,20 @@ def test_sum_and_gradient_equal_a_loop_over_candidates(symmetric, mask, split) -
     assert objective.counts(packs) == {"contrastive": float(usable)}
 
 
+def test_a_target_drawn_by_another_record_is_no_negative() -> None:
+    """The second pair's target is one of several of its record, and the first one's own."""
+    vectors = torch.nn.functional.normalize(torch.ones(6, 8), dim=-1)
+    pack = SimpleNamespace(
+        sides=torch.tensor([0, 1] * 3),
+        pair_ids=torch.tensor([0, 0, 1, 1, 2, 2]),
+        identities=torch.tensor([5, 5, 6, 5, 8, 8]),
+        pair_weights=torch.ones(6),
+    )
+    objective = Contrastive(ContrastiveConfig(temperature=1.0))
+    found = objective.sums([ModelOutput(embeddings_ED=vectors)], [pack])["contrastive"]
+    assert found.item() == pytest.approx(2 * math.log(2) + math.log(3))
+
+
 def test_same_thing_is_no_negative() -> None:
     """Two pairs with one identity and one pair beside them: each sees one negative only."""
     vectors = torch.nn.functional.normalize(torch.ones(6, 8), dim=-1)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from pair_records import hard_records, pair_record, write_pairs
+from pair_records import hard_records, pair_record, picture, write_pairs
 from pydantic import ValidationError
 
 from cocoa_dist.config import ASSET_DIR, RunConfig, StageDataConfig, parse_config
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.loader import StageLoader
 from cocoa_dist.data.packing import identity_number, length_bound
+from cocoa_dist.data.record_source import fault_kind
 from cocoa_dist.data.records import Record, image_part, side_hash, text_part
 from cocoa_dist.data.samples import Vocabulary, draw_for, view_samples, view_settings
 from cocoa_dist.data.writing.shard_file import count_text_tokens
@@ -136,7 +137,38 @@ def test_a_record_that_contradicts_itself_is_named_and_masked(record, words, voc
     assert made.reason is not None
     with pytest.raises(ValueError, match=words):
         raise ValueError(made.reason)
+    assert fault_kind(made.reason) in ("negative is a positive", "meta does not fit")
     assert [sample.is_filler for sample in made.samples] == [True] * 4
+
+
+def test_a_target_drawn_from_several_is_known_by_itself(vocabulary) -> None:
+    """Else another record whose target it is would be pushed away from what it looks for."""
+    one = pair_record(5)  # its picture is the second positive of the other
+    both = replace(
+        pair_record(3),
+        positives=((image_part(0),), (image_part(1),)),
+        images=(picture(3), picture(5)),
+        identity="",
+    )
+    named = replace(both, identity="a thing")
+    for negatives in (0, 2):
+        drawn = set()
+        for seed in range(20):
+            made = samples(both, vocabulary, seed=seed, negatives=negatives).samples
+            number = 0 if (made[1].images[0] == made_of(both, vocabulary, 0)).all() else 1
+            drawn.add(number)
+            label = made[1].label
+            known = both.identity if label is None else label.identity
+            assert known == (both.identity, one.identity)[number]
+            label = samples(named, vocabulary, seed=seed, negatives=negatives).samples[1].label
+            assert label is None or label.identity == "a thing"
+        assert drawn == {0, 1}
+
+
+def made_of(record, vocabulary, number):
+    """The pixels of one positive."""
+    alone = replace(record, positives=(record.positives[number],))
+    return samples(alone, vocabulary).samples[1].images[0]
 
 
 def test_scores_that_do_not_fit_are_named_where_they_are_read(vocabulary, tmp_path) -> None:
