@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +80,29 @@ def embed(vectoriser: Vectoriser, numbers: range, records: Sequence[Record]) -> 
     )
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """One side of a record: its pictures, and its texts joined."""
+
+    pictures: Sequence[Image.Image]
+    text: str
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What can be encoded together: so many pictures, and a text or none."""
+        return len(self.pictures), bool(self.text or not self.pictures)
+
+    def as_input(self) -> Any:
+        """Return it as sentence-transformers takes it; several pictures as a user's message."""
+        texts = [self.text] if self.kind[1] else []
+        if len(self.pictures) > 1:
+            content = [{"type": "image", "image": picture} for picture in self.pictures]
+            said = [{"type": "text", "text": text} for text in texts]
+            return [{"role": "user", "content": [*content, *said]}]
+        images = [("image", picture) for picture in self.pictures]
+        return dict([*images, *(("text", text) for text in texts)])
+
+
 class ExportedModel:
     """An exported folder, through sentence-transformers."""
 
@@ -101,7 +124,7 @@ class ExportedModel:
         )
         parts = [sha256_file(file) for file in files]
         self.digest = hashlib.sha256("".join([*parts, instruction]).encode()).hexdigest()
-        self._encoder = load_encoder(folder)
+        self._encoder: Any = load_encoder(folder)
         self._instruction, self._batch_size = instruction, batch_size
 
     def vectors(self, numbers: range, records: Sequence[Record]) -> tuple[Vectors, Vectors]:
@@ -110,16 +133,21 @@ class ExportedModel:
         targets = [_parts(record, first_target(record)) for record in records]
         return self._encode(queries, self._instruction or None), self._encode(targets, None)
 
-    def _encode(self, items: Sequence[Mapping[str, Any]], prompt: str | None) -> Vectors:
-        """Encode items of one kind together: text, picture, or both."""
+    def _encode(self, items: Sequence[_Parts], prompt: str | None) -> Vectors:
+        """Encode items of one kind together: text, pictures, or both."""
         rows: dict[int, Vectors] = {}
-        for kind in sorted({tuple(item) for item in items}):
-            chosen = [index for index, item in enumerate(items) if tuple(item) == kind]
+        for kind in sorted({item.kind for item in items}):
+            chosen = [index for index, item in enumerate(items) if item.kind == kind]
+            room = {}  # the folder's limit of tokens is for one picture
+            if kind[0] > 1:
+                longest = self._encoder.tokenizer.model_max_length * kind[0]
+                room = {"processing_kwargs": {"text": {"max_length": longest}}}
             found = self._encoder.encode(
-                [dict(items[index]) for index in chosen],
+                [items[index].as_input() for index in chosen],
                 prompt=prompt,
                 batch_size=self._batch_size,
                 show_progress_bar=False,
+                **room,
             )
             rows.update(zip(chosen, np.asarray(found, dtype=np.float32), strict=True))
         return np.stack([rows[index] for index in range(len(items))])
@@ -157,24 +185,16 @@ class GivenVectors:
         return query, target
 
 
-def _parts(record: Record, side: Side) -> dict[str, Any]:
-    """Return one side as sentence-transformers takes it."""
-    images = [part.image for part in side if part.kind == "image"]
-    if len(images) > 1:
-        raise ValueError(
-            f"record {record.key!r} has {len(images)} pictures on one side, the exported model "
-            "takes one: give --vectors"
-        )
-    parts: dict[str, Any] = {}
-    if images:
+def _parts(record: Record, side: Side) -> _Parts:
+    """Read one side. Raises ValueError for a picture that cannot be read."""
+    pictures = []
+    for part in side:
+        if part.kind != "image":
+            continue
         try:
-            picture = Image.open(io.BytesIO(record.images[images[0]]))
-            parts["image"] = picture.convert("RGB")
+            pictures.append(Image.open(io.BytesIO(record.images[part.image])).convert("RGB"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"record {record.key!r}: its picture cannot be read: {error}"
             ) from error
-    text = " ".join(side_texts(side))
-    if text or not images:
-        parts["text"] = text
-    return parts
+    return _Parts(pictures, " ".join(side_texts(side)))

@@ -13,13 +13,16 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from pair_records import pair_record, write_pairs
+import torch
+from pair_records import pair_record, picture, write_pairs
+from tiny_exports import MAX_TEXT_TOKENS, tiny_export
 
-from cocoa_dist.config import StageDataConfig
+from cocoa_dist.config import StageDataConfig, load_recipe
 from cocoa_dist.data.blend import blend_file
 from cocoa_dist.data.negatives import NEGATIVE_IDENTITIES
-from cocoa_dist.data.records import Record, text_part
+from cocoa_dist.data.records import Record, image_part, text_part
 from cocoa_dist.data.revision import check_origin
+from cocoa_dist.data.samples import draw_for, view_samples
 from cocoa_dist.data.shards import ShardReader, write_shards
 from cocoa_dist.data.writing.verify import verify_dataset
 from cocoa_dist.mining.mine import MiningOptions, mine
@@ -27,6 +30,7 @@ from cocoa_dist.mining.search import NOTHING, Neighbours, Pool, Queries, brute_f
 from cocoa_dist.mining.source import MinedSource
 from cocoa_dist.mining.vectors import ExportedModel, GivenVectors
 from cocoa_dist.mining.work import WorkFolder
+from cocoa_dist.train.evaluate import embedding_pack, load_embedder
 
 TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
 COUNT, WIDTH = 60, 16
@@ -304,3 +308,39 @@ def test_the_help_names_the_options(tool, capsys) -> None:
     said = capsys.readouterr().out
     for word in ("--vectors", "--margin", "data.negatives=4", "goes on"):
         assert word in said
+
+
+def test_sides_of_several_pictures_are_embedded_as_in_training(tmp_path) -> None:
+    """Their tokens are more than the folder's limit, which is for one picture and its text."""
+    folder = tiny_export(tmp_path / "model")
+    texts = ["which of them is a red fox", " ".join(["one and two"] * 11), ""]
+    sides = [(image_part(0), image_part(1), *((text_part(t),) if t else ())) for t in texts]
+    sides.append((image_part(1), text_part("alone")))
+    pictures = (picture(1), picture(2))
+    records = [
+        Record(f"r{n}", "t", side, positives=((text_part("fox"),),), images=pictures)
+        for n, side in enumerate(sides)
+    ]
+    found, _ = ExportedModel(folder, instruction="Find").vectors(range(4), records)
+    config = load_recipe("debug", [f"data.max_text_tokens={MAX_TEXT_TOKENS}"])
+    embedder = load_embedder(config, run_dir=None, after_stage="model")
+    settings = replace(embedder.settings, negatives=0, instruction="Find")
+    samples = [
+        view_samples(
+            "pair",
+            record,
+            draw=draw_for(0, "s", 0, 0),
+            vocabulary=embedder.vocabulary,
+            settings=settings,
+        ).samples[0]
+        for record in records
+    ]
+    longest = max(len(sample.input_ids) for sample in samples)
+    limit = ExportedModel(folder)._encoder.tokenizer.model_max_length
+    assert longest > limit
+    pack = embedding_pack(
+        samples, stage=embedder.stage, geometry=embedder.geometry, vocabulary=embedder.vocabulary
+    )
+    with torch.inference_mode():
+        expected = embedder.model(pack).embeddings_ED
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
