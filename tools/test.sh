@@ -4,8 +4,9 @@
 #   tools/test.sh                      everything: what CI runs
 #   tools/test.sh --fast               the checks and the quick unit tests
 #   tools/test.sh --fast -k attention  ... those of one subject
-# What needs SLURM, Prometheus or shellcheck is skipped, with the reason, where these are not
-# installed. As root on Debian, COCOA_TEST_PACKAGES=1 installs them first; CI does.
+# What needs SLURM, Prometheus, shellcheck, or a browser and the extra `examples`, is skipped, with
+# the reason, where these are not installed. COCOA_TEST_PACKAGES=1 installs them first, as root on
+# Debian; CI does.
 # Every check runs even when an earlier one failed; the exit code is 0 only if all passed. The
 # failed checks are listed before the tests, so that the closing lines of pytest come last.
 set -euo pipefail
@@ -20,14 +21,17 @@ elif [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit 0
 fi
 
+if [[ ${COCOA_TEST_PACKAGES:-0} == 1 && $fast -eq 0 ]]; then
+    export COCOA_EXTRAS=${COCOA_EXTRAS:-dev,fast,examples}
+fi
 # shellcheck source=tools/setup_env.sh
 . tools/setup_env.sh
 
-# What the tests of tests/slurm and of Prometheus start; a failure leaves them skipped.
+# What the tests of tests/slurm, Prometheus and web pages start; a failure leaves them skipped.
 install_packages() {
     local log packages=(
         slurmctld slurmd slurm-client munge iproute2 util-linux
-        prometheus prometheus-alertmanager shellcheck
+        prometheus prometheus-alertmanager shellcheck chromium
     )
     if ((EUID)) || ! command -v apt-get >/dev/null; then
         printf 'skipped %-14s needs root and apt-get\n' packages
