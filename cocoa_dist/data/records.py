@@ -7,11 +7,13 @@ again. It holds encoded pictures and never decodes them.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 from cocoa_dist.data.checksum import crc32
+from cocoa_dist.data.stored_json import load_json
 
 PartKind = Literal["text", "image"]
 PART_KINDS: tuple[str, ...] = get_args(PartKind)
@@ -19,22 +21,30 @@ NO_IMAGE = -1
 MAX_KEY_BYTES = 1024  # keys go into logs and error messages
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One piece of one side of a record: a text, or a reference to a picture of the record."""
-
+class _PartFields(NamedTuple):
     kind: PartKind
     text: str = ""  # for kind text
     image: int = NO_IMAGE  # for kind image: index into Record.images
 
-    def __post_init__(self) -> None:
-        if self.kind not in PART_KINDS:
-            raise ValueError(f"part kind {self.kind!r} is unknown, expected one of {PART_KINDS}")
-        if self.kind == "text" and self.image != NO_IMAGE:
-            raise ValueError(f"a text part has image {self.image}, expected {NO_IMAGE}")
-        if self.kind == "image" and self.text:
-            raise ValueError(f"an image part has text {self.text[:40]!r}, expected none")
-        _check_unicode(self.text, "part text")
+
+class Part(_PartFields):
+    """One piece of one side of a record: a text, or a reference to a picture of the record.
+
+    A tuple, because one is made of a list in one call: reading a record makes three of them.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, kind: PartKind, text: str = "", image: int = NO_IMAGE) -> "Part":
+        """Raise ValueError for what is neither a text nor a picture, and for half a character."""
+        if kind not in PART_KINDS:
+            raise ValueError(f"part kind {kind!r} is unknown, expected one of {PART_KINDS}")
+        if kind == "text" and image != NO_IMAGE:
+            raise ValueError(f"a text part has image {image}, expected {NO_IMAGE}")
+        if kind == "image" and text:
+            raise ValueError(f"an image part has text {text[:40]!r}, expected none")
+        _check_unicode(text, "part text")
+        return super().__new__(cls, kind, text, image)
 
 
 Side = tuple[Part, ...]
@@ -123,9 +133,7 @@ def trusted_record(header: bytes, pictures: bytes | None) -> Record:
     For bytes whose checksum has been compared: nothing is looked at again, which takes a twentieth
     of the time. Without `pictures` every picture is empty.
     """
-    key, task, query, positives, negatives, target, identity, meta, sizes = _decode(
-        header.decode()
-    )[0]
+    key, task, query, positives, negatives, target, identity, meta, sizes = load_json(header)
     if pictures is None:
         images: tuple[bytes, ...] = (b"",) * len(sizes)
     elif len(sizes) == 1:
@@ -135,10 +143,12 @@ def trusted_record(header: bytes, pictures: bytes | None) -> Record:
     record: Record = _new(Record)
     _set_key(record, key)
     _set_task(record, task)
-    _set_query(record, _trusted_side(query))
-    _set_positives(record, _trusted_sides(positives))
-    _set_negatives(record, _trusted_sides(negatives))
-    _set_target(record, _trusted_side(target) if target else ())
+    _set_query(record, tuple(map(_trusted_part, query)))
+    _set_positives(record, tuple([tuple(map(_trusted_part, side)) for side in positives]))
+    _set_negatives(
+        record, tuple([tuple(map(_trusted_part, side)) for side in negatives]) if negatives else ()
+    )
+    _set_target(record, tuple(map(_trusted_part, target)))
     _set_images(record, images)
     _set_identity(record, identity)
     _set_meta(record, meta)
@@ -293,8 +303,7 @@ def _side_from_row(row: list[dict[str, Any]]) -> Side:
 
 # What builds a record or a part without its checks.
 _new = object.__new__
-_decode = json.JSONDecoder().raw_decode
-_set_kind, _set_text, _set_image = (Part.__dict__[name].__set__ for name in Part.__slots__)
+_trusted_part: Callable[[list[Any]], Part] = partial(tuple.__new__, Part)
 (
     _set_key,
     _set_task,
@@ -306,21 +315,6 @@ _set_kind, _set_text, _set_image = (Part.__dict__[name].__set__ for name in Part
     _set_identity,
     _set_meta,
 ) = (Record.__dict__[name].__set__ for name in Record.__slots__)
-
-
-def _trusted_side(side: list[list[Any]]) -> Side:
-    parts = []
-    for kind, text, image in side:
-        part: Part = _new(Part)
-        _set_kind(part, kind)
-        _set_text(part, text)
-        _set_image(part, image)
-        parts.append(part)
-    return tuple(parts)
-
-
-def _trusted_sides(sides: list[list[list[Any]]]) -> tuple[Side, ...]:
-    return tuple([_trusted_side(side) for side in sides]) if sides else ()
 
 
 def _cut(pictures: bytes, sizes: list[int]) -> tuple[bytes, ...]:

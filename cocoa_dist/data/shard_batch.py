@@ -113,8 +113,8 @@ class ShardBatch:
         first, last = self._meta[row], self._meta[row + 1]
         if not 0 <= begin <= end <= self._pictures or not 0 <= first <= last <= self._pictures:
             raise ValueError(f"its header is said to be at {begin} to {end}, {first} to {last}")
-        short = self._data[self._header_data + begin : self._header_data + end]
-        return joined_header(short, self._data[self._meta_data + first : self._meta_data + last])
+        data, start, meta = self._data, self._header_data, self._meta_data
+        return joined_header(data[start + begin : start + end], data[meta + first : meta + last])
 
     def extent(self, row: int) -> tuple[int, int]:
         """Return where a record's pictures begin and end, from the batch's first picture on.
@@ -132,7 +132,6 @@ class ShardBatch:
             raise ValueError(f"its pictures are said to be at {begin} to {end}")
         return begin, end
 
-    def pictures(self, extent: tuple[int, int]) -> bytes:
+    def pictures(self, begin: int, end: int) -> bytes:
         """Return the bytes between two places, of a batch that was read whole."""
-        begin, end = extent
         return self._data[self._pictures + begin : self._pictures + end]

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from cocoa_dist.config import is_remote
 from cocoa_dist.data.bounds import IndexColumns
-from cocoa_dist.data.records import Record, stored_crc32, trusted_record
+from cocoa_dist.data.checksum import crc32
+from cocoa_dist.data.records import Record, trusted_record
 from cocoa_dist.data.shard_batch import BatchPlace, ShardBatch
 from cocoa_dist.data.shard_format import (
     BATCH_INDEX,
@@ -125,14 +126,14 @@ class ShardReader:
         expected, batch_number, row = self._rows[number]
         batch = self._state.batches.get(batch_number) or self._batch(batch_number)
         try:
-            header, extent = batch.header(row), batch.extent(row)
+            header, (begin, end) = batch.header(row), batch.extent(row)
         except (ValueError, IndexError) as error:  # the latter: the index has a row of no batch
             raise self._damaged(number, str(error)) from error
         if batch.is_whole:
-            pictures = batch.pictures(extent)
+            pictures = batch.pictures(begin, end)
         else:
-            pictures = self._read_pictures(batch, batch_number, extent)
-        found = stored_crc32(header, pictures)
+            pictures = self._read_pictures(batch, batch_number, begin, end)
+        found = crc32(pictures, crc32(header))  # as stored_crc32
         if found != expected:
             raise self._damaged(number, f"crc32 is {found:#010x}, expected {expected:#010x}")
         return trusted_record(header, pictures)
@@ -291,17 +292,20 @@ class ShardReader:
         if not 0 <= number < self.info.num_batches:
             raise ValueError(f"{self.path}/{RECORD_INDEX}: batch {number}: {_MEND}")
 
-    def _read_pictures(self, batch: ShardBatch, number: int, extent: tuple[int, int]) -> bytes:
+    def _read_pictures(self, batch: ShardBatch, number: int, begin: int, end: int) -> bytes:
         """Read the pictures of one record; at the second one of a batch the others are near."""
-        begin, end = extent
         if begin == end:
             return b""
         batch.reads += 1
         if batch.reads == 2:
             length = int(self._batch_places[_PICTURE_BYTES][number])
             self._store.expect(batch.name, offset=batch.first_picture, length=length)
-        offset = batch.first_picture + begin
-        return self._read(batch.name, number, offset=offset, length=end - begin)
+        offset, length = batch.first_picture + begin, end - begin
+        if offset + length <= self._sizes[batch.name]:
+            data = self._store.read_range(batch.name, offset=offset, length=length)
+            if len(data) == length:
+                return data
+        return self._read(batch.name, number, offset=offset, length=length)  # says what is wrong
 
     def _read(self, name: str, batch: int, *, offset: int, length: int) -> bytes:
         size = self._sizes.get(name, 0)
