@@ -151,10 +151,10 @@ def patchify(
     if out is None:
         out = np.empty((len(ordered), 3 * geometry.temporal * size * size), dtype=np.float32)
     patches = out.reshape(len(ordered), 3, geometry.temporal, size * size)
-    first = patches[:, :, 0]
-    np.multiply(ordered, scale[:, None], out=first)
-    first -= offset[:, None]
-    patches[:, :, 1:] = first[:, :, None]
+    values = ordered.astype(np.float32)  # on contiguous float32 both lines below use vectors
+    values *= scale[:, None]
+    values -= offset[:, None]
+    patches[...] = values[:, :, None]
     return out
 
 
