@@ -32,7 +32,6 @@ from peer_environments import CannotError, peer_python, run  # noqa: E402
 
 OURS = "ours"
 PINS = {
-    "ours+isal": "isal==1.9.1",
     "mds": "mosaicml-streaming==0.13.0",
     "litdata": "litdata==0.2.76",
     "datasets": "datasets==5.0.1",
@@ -165,7 +164,7 @@ def medians(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 def verdicts(found: dict[str, dict[str, float]]) -> list[str]:
-    """Say of each target whether it is met, with what is installed here and with isal."""
+    """Say of each target whether it is met."""
     peers = {name: figures for name, figures in found.items() if name not in OWN}
     lines = []
 
@@ -216,7 +215,7 @@ def tables(figures: dict[str, Any]) -> str:
             f"{figures['repeats']} rounds in which the arms take turns.",
             "",
             "Reads: records a CPU second, files in the page cache; ours compares checksums, "
-            "peers compare none. `ours+isal` has the checksum of `cocoa_dist[fast]`.",
+            "peers compare none.",
             f"First batch, resume: wall seconds from the end of imports to {BATCH} records decoded "
             "and packed, from the beginning and from the middle of a shuffled pass; ours by its "
             "whole loader, which reads the texts of a small data set to plan the stage. "

@@ -21,7 +21,7 @@ SEED = 5
 BATCH = 32  # records
 BUFFER = 1000  # records of a shuffle buffer
 SHARD_BYTES = 64 * 2**20
-OWN = ("ours", "ours+isal")
+OWN = ("ours",)
 LIBRARIES = {
     "webdataset": "webdataset",
     "mds": "streaming",
@@ -30,7 +30,6 @@ LIBRARIES = {
     "lance": "lance",
     "energon": "megatron.energon",
     "ours": "cocoa_dist.data.loader",
-    "ours+isal": "cocoa_dist.data.loader",
 }
 
 
@@ -92,17 +91,6 @@ class Ours(Arm):
         order = list(range(self._source.num_records))
         random.Random(SEED).shuffle(order)
         return map(self.random, order[start:])
-
-
-class OursWithIsal(Ours):
-    """The same with the checksum of cocoa_dist[fast]."""
-
-    def __init__(self, folder: Path) -> None:
-        from cocoa_dist.data.checksum import crc32
-
-        if "isal" not in crc32.__module__:
-            raise ValueError(f"the checksum is that of {crc32.__module__}")
-        super().__init__(folder)
 
 
 class WebDataset(Arm):
@@ -356,7 +344,6 @@ class Lance(Arm):
 
 ARMS: dict[str, type[Arm]] = {
     "ours": Ours,
-    "ours+isal": OursWithIsal,
     "webdataset": WebDataset,
     "energon": Energon,
     "mds": Mds,
