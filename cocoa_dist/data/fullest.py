@@ -50,17 +50,21 @@ def fullest_pack(
     world_size: int,
     most: Measure = Measure.BOTH,
     tried: Sequence["_Tried"] = (),
+    room: tuple[int, int] | None = None,
 ) -> Fullest | None:
     """Build one pack of the largest records that fit together; the same on every rank.
 
     Of the source whose pack has most by `most`; where a step mixes sources, of the others too.
     `without`: records that are left out, by number; None if no other is left. `tried`: of every
-    source, if known. No step is taken from the loader. Never raises for what a record holds.
+    source, if known. `room`: tokens and patches, where the pack shall be smaller than the budgets
+    allow. No step is taken from the loader. Never raises for what a record holds.
     """
     plan = loader.plan
     tried = tried or [_largest_first(source, plan) for source in plan.sources]
     ranked = _fullest_first(tried, plan, world_size=world_size, most=most)
     filling = _Filling(loader, world_size=world_size, most=most)
+    if room is not None:
+        filling.room = np.minimum(filling.room, np.array(room, dtype=np.int64))
     for index in ranked if plan.task_block else ranked[:1]:
         source, of_source = plan.sources[index], tried[index]
         left = ~np.isin(of_source.records, list(without))

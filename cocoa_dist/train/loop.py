@@ -193,6 +193,8 @@ class StageRun:
                 partial(fullest_pack, self.loader, world_size=size),
                 packs_a_step=most_packs(self.loader.plan, world_size=size),
                 fuller=partial(fuller_packs, self.loader, world_size=size),
+                smaller=lambda room: fullest_pack(self.loader, world_size=size, room=room),
+                budgets=(self.config.data.tokens_per_pack, self.config.data.patches_per_pack),
             )
         preflight(
             self.engine,

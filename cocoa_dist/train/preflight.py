@@ -1,8 +1,9 @@
 """Trying out, before the first step, what would otherwise fail in the middle of a night.
 
 A collective, a write into the run folder, room for two checkpoints, and the fullest pack forward
-and backward, as many of it as a step keeps at once. Leaves weights, gradients, optimizer and
-generators as they were: a run with it has the same numbers as one without.
+and backward, as many of it as a step keeps at once, after two smaller ones have foretold its
+memory. Leaves weights, gradients, optimizer and generators as they were: a run with it has the same
+numbers as one without.
 """
 
 import logging
@@ -22,12 +23,17 @@ from cocoa_dist.distributed import raise_together, rank, sum_over_ranks, world_s
 from cocoa_dist.runtime import random_state, restore_random_state
 from cocoa_dist.train.engine import TrainEngine
 from cocoa_dist.train.guards import name_records
+from cocoa_dist.train.pack_memory import advice, foretell, meter
 
 log = logging.getLogger("cocoa_dist.train")
 
 CHECKPOINTS_IN_FLIGHT = 2  # the newest stays until the one being written is whole
 _PROBE_BYTES = 64 * 1024
 _GIB = 2**30
+_WHAT_ELSE = (
+    "Lower data.tokens_per_pack or data.patches_per_pack, set model.checkpoint_activations=true, "
+    "or engine.resident_parameters=false"
+)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -39,6 +45,9 @@ class Trial:
     packs_a_step: int  # of a rank, at most
     # Packs with more tokens or more patches than that one, and so perhaps in need of more memory
     fuller: Callable[[PackedBatch], Iterable[Fullest]] = lambda first: ()
+    # The fullest pack of at most so many tokens and patches
+    smaller: Callable[[tuple[int, int]], Fullest | None] = lambda room: None
+    budgets: tuple[int, int] = (0, 0)  # data.tokens_per_pack and data.patches_per_pack
 
 
 def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Trial | None) -> None:
@@ -55,9 +64,14 @@ def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Tria
     parts = ["collective", "checkpoint write", f"room for {needed / _GIB:.2f} GiB"]
     if trial is not None:
         held = packs_held(engine, trial.packs_a_step)
-        pack = check_fullest_pack(engine, trial.fullest, held=held)
+        first = trial.fullest(())
+        assert first is not None, "a stage has records"
+        hint = check_memory(engine, trial, first.pack, held=held)
+        pack = check_fullest_pack(
+            engine, lambda bad: trial.fullest(bad) if bad else first, held=held, hint=hint
+        )
         for other in trial.fuller(pack):
-            loss_of_pack(engine, other.pack, held=held)
+            loss_of_pack(engine, other.pack, held=held, hint=hint)
         times = f"{held} times " if held > 1 else ""
         size = f"{pack.num_tokens} tokens, {len(pack.pixel_values)} patches"
         parts.append(f"{times}a pack of {size}")
@@ -131,18 +145,46 @@ def packs_held(engine: TrainEngine, packs_a_step: int) -> int:
     return packs_a_step
 
 
+def check_memory(engine: TrainEngine, trial: Trial, full: PackedBatch, *, held: int) -> str:
+    """Try two packs smaller than `full` and return what they say of the budgets that fit.
+
+    Raises ValueError on all ranks if the fullest pack is foretold not to fit. Collective.
+    """
+
+    def smaller(room: tuple[int, int]) -> PackedBatch | None:
+        found = trial.smaller(room)
+        return None if found is None else found.pack
+
+    found = foretell(full, smaller, lambda pack: loss_of_pack(engine, pack, held=held), by=meter())
+    hint = advice(found, budgets=trial.budgets, full=full)
+    if found is not None and not found.fits:
+        raise ValueError(
+            f"pre-flight: the largest pack of the stage ({_rows(full, held)}) would not fit "
+            f"into memory: {hint}. {_WHAT_ELSE}"
+        )
+    return hint
+
+
+def _rows(pack: PackedBatch, held: int) -> str:
+    return f"{pack.num_tokens} tokens, {len(pack.pixel_values)} patches, {held} at once"
+
+
 def check_fullest_pack(
-    engine: TrainEngine, fullest: Callable[[Collection[int]], Fullest | None], *, held: int
+    engine: TrainEngine,
+    fullest: Callable[[Collection[int]], Fullest | None],
+    *,
+    held: int,
+    hint: str = "",
 ) -> PackedBatch:
     """Try the fullest pack, and where its loss is not finite another one; return the first.
 
     If other records do, some of the first are to blame, and the guards of the steps will leave
     them out: they are named and the run goes on. Raises ValueError if no pack does, or memory does
-    not suffice. Collective: call on all ranks.
+    not suffice, with `hint`. Collective: call on all ranks.
     """
     first = fullest(())
     assert first is not None, "a stage has records"
-    loss = loss_of_pack(engine, first.pack, held=held)
+    loss = loss_of_pack(engine, first.pack, held=held, hint=hint)
     if math.isfinite(loss):
         return first.pack
     second = fullest(first.records)
@@ -161,11 +203,11 @@ def check_fullest_pack(
     return first.pack
 
 
-def loss_of_pack(engine: TrainEngine, pack: PackedBatch, *, held: int) -> float:
+def loss_of_pack(engine: TrainEngine, pack: PackedBatch, *, held: int, hint: str = "") -> float:
     """Run a pack forward and backward, `held` of it at once, and forget it.
 
     Returns the sum of its terms over all ranks. Collective: call on all ranks. Raises ValueError
-    if memory does not suffice.
+    if memory does not suffice; `hint` is what is known of budgets that do.
     """
     generators = random_state()
     try:
@@ -174,11 +216,9 @@ def loss_of_pack(engine: TrainEngine, pack: PackedBatch, *, held: int) -> float:
         if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             raise
         raise ValueError(
-            f"pre-flight: the largest pack of the stage ({pack.num_tokens} tokens, "
-            f"{len(pack.pixel_values)} patches, {held} at once) does not fit into memory on rank "
-            f"{rank()}: {str(error).splitlines()[0]}. Lower data.tokens_per_pack or "
-            "data.patches_per_pack, set model.checkpoint_activations=true, or "
-            "engine.resident_parameters=false"
+            f"pre-flight: the largest pack of the stage ({_rows(pack, held)}) does not fit into "
+            f"memory on rank {rank()}: {str(error).splitlines()[0]}. {hint}{'. ' if hint else ''}"
+            f"{_WHAT_ELSE}"
         ) from error
     finally:
         restore_random_state(generators)

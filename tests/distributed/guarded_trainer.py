@@ -1,4 +1,5 @@
-"""The trainer with faults: `FAULTS="kind:rank:step ..."`; kinds: loss, gradient, sleep, stop.
+"""The trainer with faults: `FAULTS="kind:rank:step ..."`; kinds: loss, gradient, sleep, stop,
+and room, which leaves a rank no memory before step 1.
 
 Run like `python -m cocoa_dist.train`, one process a rank.
 """
@@ -13,11 +14,13 @@ import torch
 from cocoa_dist.objectives.reconstruction import Reconstruction
 from cocoa_dist.train import __main__ as trainer
 from cocoa_dist.train.engine import TrainEngine
+from cocoa_dist.train.pack_memory import HostMeter
 
 FAULTS = os.environ.get("FAULTS", "").split()
 step_now = 0
 whole_sums = Reconstruction.sums
 whole_step = TrainEngine.train_step
+whole_room = HostMeter.room
 
 
 def train_step(self, packs, *, step, extras=()):
@@ -44,7 +47,12 @@ def fall_asleep() -> None:
     time.sleep(120)
 
 
+def room(self) -> int:
+    return 2**20 if f"room:{os.environ['RANK']}:0" in FAULTS else whole_room(self)
+
+
 TrainEngine.train_step = train_step
+HostMeter.room = room
 Reconstruction.sums = sums
 
 if __name__ == "__main__":

@@ -306,6 +306,17 @@ def test_a_full_disk_is_seen_before_step_1(tmp_path) -> None:
     assert run.metrics() == []
 
 
+@pytest.mark.slow
+def test_a_rank_without_memory_for_the_packs_ends_all_before_step_1(tmp_path) -> None:
+    run = train(tmp_path / "run", faults="room:1:0")
+    assert run.codes == [2, 2]
+    for log in run.logs:
+        last = log.read_text().splitlines()[-1]
+        assert "largest pack of the stage" in last
+        assert "0.00 GiB are there: no pack fits. Lower data.tokens_per_pack" in last
+    assert run.metrics() == []
+
+
 def stacks(run: Run, rank: int) -> str:
     return (run.folder / "logs" / "by_hand" / f"{STAGE}.rank{rank}.stacks").read_text()
 
