@@ -5,6 +5,7 @@ are. What would give a wrong vector quietly is refused: a pooled token that was 
 cannot be decoded, a self-test that differs, a vector that is not finite.
 """
 
+import json
 import multiprocessing
 import os
 import queue
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 100_000_000  # of a picture; as data.image.max_decoded_pixels in recipes
 _POLL_SECONDS = 0.5
+_SELF_TEST_NAME = "selftest.json"  # as in cocoa_dist.export, which loads torch
 
 
 @dataclass(frozen=True)
@@ -123,28 +125,40 @@ def embed(
             process.join()
 
 
+def vectors_each(model: Path) -> int:
+    """Return how many vectors a folder's embeddings are, by its self-test; 1 without one."""
+    file = model / _SELF_TEST_NAME
+    if not file.is_file():
+        return 1
+    try:
+        vector = json.loads(file.read_text(encoding="utf-8"))[0]["vector"]
+        return len(vector) if isinstance(vector[0], list) else 1
+    except (ValueError, LookupError, TypeError):
+        return 1  # it is read, and refused, where the model is checked with it
+
+
 class Encoder:
     """A sentence-transformers folder that checks what it is asked and what it gives.
 
-    Raises ValueError for one whose embeddings are several vectors each.
+    Where its embeddings are several vectors each (K, W), they come end to end: (K W,).
     """
 
     def __init__(self, path: Path, *, device: str) -> None:
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import MultiVectorEncoder, SentenceTransformer
         from transformers.utils import logging
 
-        from cocoa_dist.export.selftest import refuse_several_vectors
+        from cocoa_dist.export.selftest import has_several_vectors
 
-        refuse_several_vectors(
-            path,
-            needed_by="this evaluation",
-            instead="score its held-out sets with `python -m cocoa_dist.report RUN`, or evaluate a "
-            "model trained with another pooling",
-        )
+        self._each = vectors_each(path)
+        several = has_several_vectors(path)
+        if several != (self._each > 1):
+            raise ValueError(
+                f"{path}: whether an embedding is one vector or several is told by "
+                f"{_SELF_TEST_NAME}, which is missing or another model's: export the model again"
+            )
         logging.disable_progress_bar()  # ours is the one to look at
-        self.model: SentenceTransformer = SentenceTransformer(
-            str(path), device=device, local_files_only=True
-        )
+        kind = MultiVectorEncoder if several else SentenceTransformer
+        self.model: Any = kind(str(path), device=device, local_files_only=True)
         self.model.eval()
         self._limit = self.model.get_max_seq_length()
         self._tail = self._pooled_tail()
@@ -161,13 +175,25 @@ class Encoder:
             for name, value in features.items()
         }
         with torch.inference_mode():
-            found = self.model(features)["sentence_embedding"]
+            made = self.model(features)
+            found = made["sentence_embedding"] if self._each == 1 else self._joined(made, jobs)
         vectors_ND: Vectors = found.float().cpu().numpy()
         finite_N = np.isfinite(vectors_ND).all(axis=1)
         if not finite_N.all():
             bad = jobs[int((~finite_N).argmax())]
             raise ValueError(f"{bad.where}: the model gives a vector that is not finite")
         return Encoded(vectors_ND, truncated)
+
+    def _joined(self, made: dict[str, Any], jobs: Sequence[Job]) -> Any:
+        """Return the vectors of each input end to end. Raises ValueError unless all have K."""
+        kept_BT = made["attention_mask"].bool()
+        for job, count in zip(jobs, kept_BT.sum(dim=1).tolist(), strict=True):
+            if count != self._each:
+                raise ValueError(
+                    f"{job.where}: the model gives {count} vectors, expected {self._each}: does "
+                    "the text spell out a token of the model's own?"
+                )
+        return made["token_embeddings"][kept_BT].reshape(len(jobs), -1)
 
     def check_self_test(self, path: Path) -> str | None:
         """Return what is wrong with the vectors of the folder's selftest.json, if there is one."""
@@ -196,7 +222,8 @@ class Encoder:
         The last one for last-token pooling; what all inputs share for tokens that weigh more.
         """
         last = any(getattr(module, "pooling_mode", None) == "lasttoken" for module in self.model)
-        weighed = any(hasattr(module, "word_weights") for module in self.model)
+        chosen = ("word_weights", "skiplist_words")
+        weighed = any(hasattr(module, name) for module in self.model for name in chosen)
         if not last and not weighed:
             return ()
         probes = [self.model.preprocess([{"text": text}]) for text in ("a", "7 b")]

@@ -12,7 +12,7 @@ from typing import Any
 
 from cocoa_dist.data.images import image_size
 from cocoa_dist.evaluation.cache import VectorCache, item_key, model_digest
-from cocoa_dist.evaluation.embed import Batch, EmbedSettings, Job, batches, embed
+from cocoa_dist.evaluation.embed import Batch, EmbedSettings, Job, batches, embed, vectors_each
 from cocoa_dist.evaluation.rows import (
     EvalSet,
     Item,
@@ -56,7 +56,7 @@ def evaluate(evaluation: Evaluation, *, progress: Progress) -> dict[str, Any]:
     model = evaluation.embed.model
     if not model.is_dir():
         raise ValueError(f"{model} is no folder: expected an exported model")
-    digest = model_digest(model)
+    digest, each = model_digest(model), vectors_each(model)
     paths = image_paths(sets, evaluation.images or images_root(evaluation.data))
     pictures = {name: _read_picture(path) for name, path in paths.items()}
     keys = {one.name: _keys(one, pictures) for one in sets}
@@ -69,7 +69,7 @@ def evaluate(evaluation: Evaluation, *, progress: Progress) -> dict[str, Any]:
         _embed_missing(plan, cache, evaluation.embed, progress)
         scores = {}
         for one in sets:
-            vectors = _vectors(one, keys[one.name], lists[one.name], cache)
+            vectors = _vectors(one, keys[one.name], lists[one.name], cache, each=each)
             if evaluation.save_vectors is not None:
                 write_vectors(vectors, evaluation.save_vectors)
             scores[one.name] = score_set(vectors)
@@ -191,7 +191,9 @@ def _lists(one: EvalSet, keys: Sequence[bytes], rules: RowRules) -> _Lists:
     return _Lists(tuple(numbers), tuple(rows))
 
 
-def _vectors(one: EvalSet, keys: Sequence[bytes], lists: _Lists, cache: VectorCache) -> SetVectors:
+def _vectors(
+    one: EvalSet, keys: Sequence[bytes], lists: _Lists, cache: VectorCache, *, each: int
+) -> SetVectors:
     index_NC, count_N = ragged(lists.rows)
     return SetVectors(
         name=one.name,
@@ -199,6 +201,7 @@ def _vectors(one: EvalSet, keys: Sequence[bytes], lists: _Lists, cache: VectorCa
         candidates_MD=cache.vectors(lists.keys),
         candidate_index_NC=index_NC,
         candidate_count_N=count_N if (count_N < index_NC.shape[1]).any() else None,
+        vectors_each=each,
     )
 
 

@@ -26,6 +26,8 @@ MANY_ROWS = 20
 class SetVectors:
     """The vectors of one set, checked; scores are inner products, higher is better.
 
+    Of embeddings of several vectors: the mean, over those of the query, of the best product.
+
     Raises ValueError naming set and row for anything that would be scored as something else.
     """
 
@@ -35,6 +37,7 @@ class SetVectors:
     candidate_index_NC: NDArray[np.int64]  # rows of candidates_MD; column 0 is the right one
     candidate_count_N: NDArray[np.int64] | None = None  # columns of a row that count; None: all
     answer_N: NDArray[np.int64] | None = None  # the right candidate, if known: must be column 0
+    vectors_each: int = 1  # above 1: D holds so many, end to end, scored by late interaction
 
     def __post_init__(self) -> None:
         _check_vectors(self, "query", self.query_ND)
@@ -43,6 +46,11 @@ class SetVectors:
             raise ValueError(
                 f"set '{self.name}': queries have {self.query_ND.shape[1]} dimensions, candidates "
                 f"{self.candidates_MD.shape[1]}: both sides must come from one model"
+            )
+        if self.vectors_each < 1 or self.query_ND.shape[1] % self.vectors_each:
+            raise ValueError(
+                f"set '{self.name}': {self.query_ND.shape[1]} numbers are not {self.vectors_each} "
+                "vectors of one width: vectors_each does not fit"
             )
         _check_index(self)
 
@@ -178,7 +186,7 @@ def _ranks(
         index_BC = np.where(valid_NC[part], index_NC[part], index_NC[part, :1])
         gathered_BCD = vectors.candidates_MD[index_BC]
         with np.errstate(over="ignore", invalid="ignore"):
-            scores_BC = np.matmul(gathered_BCD, vectors.query_ND[part, :, None])[:, :, 0]
+            scores_BC = _scores(gathered_BCD, vectors.query_ND[part], vectors.vectors_each)
         finite_B = np.isfinite(scores_BC).all(axis=1)
         if not finite_B.all():
             row = begin + int((~finite_B).argmax())
@@ -192,6 +200,20 @@ def _ranks(
         above_N[part] = ((scores_BC > right_B1) & ~same_BC & valid_NC[part]).sum(axis=1)
         tied_N[part] = (((scores_BC == right_B1) | same_BC) & valid_NC[part]).sum(axis=1)
     return above_N, tied_N
+
+
+def _scores(gathered_BCD: Vectors, query_BD: Vectors, vectors_each: int) -> Vectors:
+    """Return the score of each query's C candidates, (B, C)."""
+    if vectors_each == 1:
+        products: Vectors = np.matmul(gathered_BCD, query_BD[:, :, None])[:, :, 0]
+        return products
+    count, candidates, _ = gathered_BCD.shape
+    ask_BKW = query_BD.reshape(count, vectors_each, -1)
+    answer_BVW = gathered_BCD.reshape(count, candidates * vectors_each, -1)
+    each_BVK = np.matmul(answer_BVW, ask_BKW.transpose(0, 2, 1))
+    best_BCK = each_BVK.reshape(count, candidates, vectors_each, vectors_each).max(axis=2)
+    scores: Vectors = best_BCK.mean(axis=2, dtype=np.float32)
+    return scores
 
 
 def _distinct(vectors_MD: Vectors) -> NDArray[np.int64]:

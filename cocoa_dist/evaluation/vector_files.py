@@ -2,7 +2,8 @@
 
 An npz holds query (N, D), candidates (M, D) and candidate_index (N, C), whose column 0 is the right
 candidate. Optional: candidate_count (N,), columns of a row that count, for lists of unequal length;
-answer (N,), the right candidate once more, to be checked. Numbers only: nothing is unpickled.
+answer (N,), the right candidate once more, to be checked; vectors_each (1,), how many vectors an
+embedding is, end to end in D. Numbers only: nothing is unpickled.
 """
 
 import os
@@ -19,6 +20,7 @@ from cocoa_dist.evaluation.sets import TABLE_NAME, SetInfo, mmeb_sets, read_sets
 
 SUFFIX = ".npz"
 _REQUIRED = ("query", "candidates", "candidate_index")
+_EACH = "vectors_each"
 _OPTIONAL = {"candidate_count": "candidate_count_N", "answer": "answer_N"}
 
 
@@ -55,6 +57,11 @@ def read_vectors(path: Path, *, name: str, drop_duplicates: bool = False) -> Set
         for key, field in _OPTIONAL.items()
         if key in arrays
     }
+    if _EACH in arrays:
+        each = _integers(path, _EACH, arrays[_EACH]).reshape(-1)
+        if len(each) != 1:
+            raise ValueError(f"{path}: {_EACH} holds {len(each)} numbers, expected one")
+        extra[_EACH] = int(each[0])
     index_NC = _integers(path, "candidate_index", arrays["candidate_index"])
     counts = extra.get("candidate_count_N")
     countable = counts is None or counts.shape == index_NC.shape[:1]
@@ -104,6 +111,8 @@ def write_vectors(vectors: SetVectors, folder: Path) -> Path:
     for key, field in _OPTIONAL.items():
         if getattr(vectors, field) is not None:
             arrays[key] = getattr(vectors, field)
+    if vectors.vectors_each > 1:
+        arrays[_EACH] = np.array([vectors.vectors_each])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{vectors.name}{SUFFIX}"
     staged = folder / f".{vectors.name}.{os.getpid()}.tmp"

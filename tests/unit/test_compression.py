@@ -12,7 +12,6 @@ from torch import nn
 
 from cocoa_dist.config import ConfigError, load_recipe
 from cocoa_dist.data.vocabulary import bridge_tokens
-from cocoa_dist.evaluation.embed import Encoder
 from cocoa_dist.export import check_self_test, export_folder
 from cocoa_dist.export.card import CardInfo
 from cocoa_dist.mining.vectors import ExportedModel
@@ -251,8 +250,6 @@ def test_the_exported_folder_gives_the_vectors_of_training(overrides, pooling, t
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         with pytest.raises(ValueError, match="mining takes one each"):
             ExportedModel(tmp_path / "model")
-        with pytest.raises(ValueError, match="this evaluation takes one each"):
-            Encoder(tmp_path / "model", device="cpu")
     card = (tmp_path / "model" / "README.md").read_text()
     assert ("by WordWeights" in card) == (pooling == "compression")
     of_transformers_alone(tmp_path / "model", encoder)

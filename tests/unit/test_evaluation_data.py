@@ -21,6 +21,7 @@ from cocoa_dist.evaluation import read_vectors
 from cocoa_dist.evaluation.embed import EmbedSettings, Encoder, Job, batches
 from cocoa_dist.evaluation.rows import RowRules, find_sets, plain_text, read_set
 from cocoa_dist.evaluation.run import Evaluation, evaluate
+from cocoa_dist.evaluation.scores import score_set
 from cocoa_dist.evaluation.sets import SetInfo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,13 +231,39 @@ def test_scores_are_those_of_plain_encode_and_a_plain_loop(data, model, tmp_path
     assert result["embedded"]["items"] == 40
 
 
+def test_embeddings_of_several_vectors_are_scored_by_late_interaction(data, tmp_path):
+    from sentence_transformers import MultiVectorEncoder
+
+    model = tiny_export(tmp_path / "late", vectors=3)
+    kept = tmp_path / "vectors"
+    result = run(data, model, save_vectors=kept, cache=tmp_path / "cache")
+    encoder = MultiVectorEncoder(str(model), device="cpu", local_files_only=True)
+    for name, rows in (("VOC2007", rows_of_texts()), ("OVEN", rows_of_pictures())):
+        hits = 0
+        for row in rows:
+            query = one_vector(encoder, row["qry_text"], row["qry_img_path"], data)
+            pairs = zip(row["tgt_text"], row["tgt_img_path"], strict=True)
+            listed = [one_vector(encoder, *pair, data) for pair in pairs]
+            hits += int(encoder.similarity([query], listed).argmax()) == 0
+        assert result["sets"][name]["precision_at_1"] == pytest.approx(100 * hits / len(rows))
+        vectors = read_vectors(kept / f"{name}.npz", name=name)
+        assert vectors.vectors_each == len(query) == 3
+        np.testing.assert_allclose(vectors.query_ND[-1], query.reshape(-1), atol=1e-5)
+        assert score_set(vectors).precision_at_1 == result["sets"][name]["precision_at_1"]
+    again = run(data, model, cache=tmp_path / "cache")  # nothing is embedded, and K is known
+    assert again["sets"] == result["sets"]
+    (model / "selftest.json").unlink()
+    with pytest.raises(ValueError, match=r"one vector or several is told by selftest\.json"):
+        run(data, model)
+
+
 def one_vector(encoder, text: str, image: str, data: Path) -> np.ndarray:
     parts = {}
     if image:
         parts["image"] = Image.open(data / "images" / image)
     if text.replace("<|image_1|>", "").strip():
         parts["text"] = text.replace("<|image_1|>", "").strip()
-    return np.asarray(encoder.encode([parts])[0])
+    return np.asarray(encoder.encode([parts])[0])  # (D,), or several (K, D)
 
 
 class StoppedError(Exception):

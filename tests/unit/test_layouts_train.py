@@ -58,6 +58,10 @@ def pictures_alone(number: int) -> dict[str, Any]:
     return {"text": None, "images": interleaved(number)["images"]}
 
 
+def bare_pictures(number: int) -> dict[str, Any]:
+    return {"image": f"{number}.png"}
+
+
 CASES = {
     "captions, caption": (captions, "captions", "caption"),
     "captions, bridged": (captions, "captions", "bridged"),
@@ -81,6 +85,7 @@ CASES = {
     "mmeb, interleaved": (mmeb, "mmeb", "interleaved"),
     "mmeb pictures, interleaved": (mmeb_of_pictures, "mmeb", "interleaved"),
     "interleaved, interleaved": (interleaved, "interleaved", "interleaved"),
+    "pictures, interleaved": (bare_pictures, "pictures", "interleaved"),
     "pictures alone, interleaved": (pictures_alone, "interleaved", "interleaved"),
     "words alone, interleaved": (words_alone, "interleaved", "interleaved"),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from cocoa_dist.config import load_recipe
+from cocoa_dist.data.vocabulary import bridge_tokens
 from cocoa_dist.export import CardInfo, ImageSettings, export_folder
 from cocoa_dist.report.arms import export_tokenizer, self_test_vectors
 from cocoa_dist.train.evaluate import load_embedder
@@ -18,13 +19,19 @@ def tiny_export(
     *,
     change: Callable[[torch.nn.Module], None] | None = None,
     bridge: tuple[str, ...] = (),
+    vectors: int = 1,
 ) -> Path:
     """Export the debug recipe's model before training, with random weights; `change` alters it.
 
     With `bridge` those tokens end every input and alone are pooled; the self-test is then wrong.
+    With `vectors` above 1 an embedding is so many, for late interaction.
     """
-    config = load_recipe("debug")
+    several = (f"model.num_bridge_tokens={vectors}", "stages.contrastive.pooling=late_interaction")
+    config = load_recipe("debug", several if vectors > 1 else ())
+    if vectors > 1:
+        bridge = bridge_tokens(config.model)
     embedder = load_embedder(config, run_dir=None, after_stage="model")
+    embedder.model.write_compression_tokens()
     if change is not None:
         with torch.no_grad():
             change(embedder.model.backbone)
@@ -40,7 +47,7 @@ def tiny_export(
             max_pixels=image.max_pixels,
         ),
         bidirectional=True,
-        pooling="compression" if bridge else embedder.stage.pooling,
+        pooling="compression" if bridge and vectors == 1 else embedder.stage.pooling,
         bridge=bridge,
         prompts={},
         card=CardInfo(
