@@ -51,6 +51,7 @@ class CardInfo:
 class CardFacts:
     """What the exporter knows about the folder and the card has to say."""
 
+    model_type: str
     width: int  # of a vector
     bidirectional: bool
     pooling: Pooling
@@ -76,7 +77,7 @@ def model_card(info: CardInfo, facts: CardFacts) -> str:
             "each one's best cosine."
         )
     sections = [
-        _front_matter(info),
+        _front_matter(info, facts),
         f"# {info.name}\n\nText, pictures, and pictures with text become {become}",
         _usage(facts),
         _instructions(facts),
@@ -88,7 +89,7 @@ def model_card(info: CardInfo, facts: CardFacts) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(info: CardInfo) -> str:
+def _front_matter(info: CardInfo, facts: CardFacts) -> str:
     # A JSON string is a YAML string: quoting needs no rules of our own.
     return "\n".join(
         [
@@ -97,7 +98,7 @@ def _front_matter(info: CardInfo) -> str:
             "pipeline_tag: sentence-similarity",
             f"license: {json.dumps(info.licence)}",
             f"base_model: {json.dumps(info.base)}",
-            "tags: [sentence-transformers, feature-extraction, multimodal, qwen2_vl]",
+            f"tags: [sentence-transformers, feature-extraction, multimodal, {facts.model_type}]",
             "---",
         ]
     )

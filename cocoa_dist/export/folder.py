@@ -4,18 +4,24 @@ Everything is written and verified in a staging folder beside the destination, t
 folder under the final name is whole and gives the vectors of training.
 """
 
+import copy
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cocoa_dist.distributed import raise_together, rank
 from cocoa_dist.export import templates
 from cocoa_dist.export.card import CardFacts, CardInfo, model_card
+from cocoa_dist.export.layers import LayerWeights, ModelWeights
 from cocoa_dist.export.selftest import (
     DEFAULT_TOLERANCE,
     SelfTestVector,
@@ -25,8 +31,9 @@ from cocoa_dist.export.selftest import (
     write_self_test,
 )
 from cocoa_dist.export.templates import ImageSettings, Pooling
+from cocoa_dist.export.weights import DEFAULT_FILE_BYTES, write_weights
 
-SUPPORTED_MODELS = ("qwen2_vl", "qwen2_5_vl")
+SUPPORTED_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def export_folder(
@@ -42,25 +49,29 @@ def export_folder(
     self_test: Sequence[SelfTestVector],
     max_text_tokens: int | None = None,
     bridge: Sequence[str] = (),
+    weights: LayerWeights | None = None,
+    max_file_bytes: int = DEFAULT_FILE_BYTES,
     verify: bool = True,
 ) -> None:
     """Write a folder that SentenceTransformer(destination) and transformers load as they are.
 
     With pooling late_interaction it is a folder of MultiVectorEncoder(destination).
 
-    model is the trained Qwen2VLForConditionalGeneration on CPU, adapters merged; it and the
-    tokenizer are not changed. prompts are named instructions without a space at the end.
-    max_text_tokens is training's limit for instruction + text (None: the model's own length).
-    bridge names the tokens that end every input, rows of the model's embedding (none: EOS alone).
-    With verify the staged folder is loaded once more (memory for a second copy of the weights)
-    and must give the self-test's vectors before it gets its name.
+    model is the trained ...ForConditionalGeneration of a family of ours, adapters merged; it and
+    the tokenizer are not changed. Its weights may be cut up by ZeRO-3, or be none at all and come
+    from `weights`: one layer at a time is in memory whole. prompts are named instructions without
+    a space at the end. max_text_tokens is training's limit for instruction + text (None: the
+    model's own length). bridge names the tokens that end every input, rows of the model's
+    embedding (none: EOS alone). No file of weights has more than max_file_bytes, or one layer.
+    With verify the staged folder is loaded once more, one layer at a time, and must give the
+    self-test's vectors before it gets its name.
 
-    Raises ValueError if destination exists, an argument does not fit the model, or the self-test
-    fails; then nothing is left at destination.
+    Collective where the weights are: call on all ranks; rank 0 writes. Raises ValueError (on all
+    ranks) if destination exists, an argument does not fit the model, or the self-test fails; then
+    nothing is left at destination.
     """
     destination = Path(destination)
-    if destination.exists():
-        raise ValueError(f"{destination} already exists: remove it or choose another destination")
+    raise_together(lambda: _refuse_existing(destination))
     _check_model(model, image_settings)
     ending = _ending(tokenizer, bridge)
     _check_tokenizer(tokenizer, model, ending)
@@ -72,40 +83,75 @@ def export_folder(
         raise ValueError(f"max_text_tokens is {max_text_tokens}, expected at least 1 or None")
     if not self_test:
         raise ValueError("self_test is empty: give at least one input with its vector")
+    facts = CardFacts(
+        model_type=model.config.model_type,
+        width=model.config.get_text_config().hidden_size,
+        bidirectional=bidirectional,
+        pooling=pooling,
+        image_settings=image_settings,
+        prompts=prompts,
+        max_text_tokens=max_text_tokens,
+        bridge=tuple(bridge) or ("EOS",),
+        resize_difference=None,
+    )
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.staging"
-    staging.mkdir()
-    try:
-        _write_model(model, staging, bidirectional=bidirectional)
+    def finish(staging: Path) -> None:
+        """Write all but the weights, and look whether it is the trained model."""
+        _write_config(model, staging, bidirectional=bidirectional)
         length = _max_length(model, image_settings, max_text_tokens, ends=len(ending))
         _write_tokenizer(tokenizer, staging, max_length=length, ending=ending)
-        width = model.config.get_text_config().hidden_size
-        _write_sentence_transformers(staging, pooling=pooling, width=width, prompts=prompts)
+        _write_sentence_transformers(staging, facts)
         if pooling == "compression":
-            weights = templates.token_weights_config(tokenizer.get_vocab(), ending)
-            _write_module(staging / templates.WEIGHTS_FOLDER, weights)
+            counted = templates.token_weights_config(tokenizer.get_vocab(), ending)
+            _write_module(staging / templates.WEIGHTS_FOLDER, counted)
         if pooling == "late_interaction":
             mask = templates.mask_config(tokenizer.get_vocab(), ending)
             _write_module(staging / templates.MASK_FOLDER, mask)
         _write_json(staging / "processor_config.json", templates.processor_config(image_settings))
         write_self_test(staging, self_test, image_settings)
         difference = _verify(staging, self_test, image_settings) if verify else None
-        facts = CardFacts(
-            width=width,
-            bidirectional=bidirectional,
-            pooling=pooling,
-            image_settings=image_settings,
-            prompts=prompts,
-            max_text_tokens=max_text_tokens,
-            bridge=tuple(bridge) or ("EOS",),
-            resize_difference=difference,
+        readme = model_card(card, replace(facts, resize_difference=difference))
+        (staging / "README.md").write_text(readme, encoding="utf-8")
+
+    with _staged(destination) as staging:
+        write_weights(
+            model,
+            weights or ModelWeights(),
+            staging,
+            dtype=model_dtype(model),
+            max_file_bytes=max_file_bytes,
         )
-        (staging / "README.md").write_text(model_card(card, facts), encoding="utf-8")
-        _make_durable(staging)
-        staging.rename(destination)
+        raise_together(lambda: finish(staging) if rank() == 0 else None)
+
+
+def model_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of a model's weights, which is that of the folder."""
+    dtype: torch.dtype = next(model.parameters()).dtype
+    return dtype
+
+
+def _refuse_existing(destination: Path) -> None:
+    if rank() == 0 and destination.exists():
+        raise ValueError(f"{destination} already exists: remove it or choose another destination")
+
+
+@contextmanager
+def _staged(destination: Path) -> Iterator[Path]:
+    """Give a folder beside `destination` that gets its name if all goes well, else is removed.
+
+    Collective: call on all ranks. The folder is rank 0's.
+    """
+    staging = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.staging"
+    writes = rank() == 0
+    try:
+        raise_together(lambda: staging.mkdir(parents=True) if writes else None)
+        yield staging
+        if writes:
+            _make_durable(staging)
+            staging.rename(destination)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
@@ -173,16 +219,18 @@ def _ending(tokenizer: PreTrainedTokenizerBase, bridge: Sequence[str]) -> dict[s
     return {token: vocabulary[token] for token in bridge}
 
 
-def _write_model(model: PreTrainedModel, staging: Path, *, bidirectional: bool) -> None:
-    """Weights and config.json. Only text_config.is_causal counts: the top level is ignored."""
-    model.save_pretrained(staging)
-    (staging / "generation_config.json").unlink(missing_ok=True)
+def _write_config(model: PreTrainedModel, staging: Path, *, bidirectional: bool) -> None:
+    """Write config.json. Only text_config.is_causal counts: the top level is ignored."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model_dtype(model)).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(staging)
     path = staging / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("is_causal", None)
-    config["text_config"]["is_causal"] = not bidirectional
-    config["text_config"]["use_cache"] = False
-    _write_json(path, config)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved.pop("is_causal", None)
+    saved["text_config"]["is_causal"] = not bidirectional
+    saved["text_config"]["use_cache"] = False
+    _write_json(path, saved)
 
 
 def _max_length(
@@ -218,17 +266,16 @@ def _write_tokenizer(
     (staging / "chat_template.jinja").write_text(templates.CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _write_sentence_transformers(
-    staging: Path, *, pooling: Pooling, width: int, prompts: Mapping[str, str]
-) -> None:
+def _write_sentence_transformers(staging: Path, facts: CardFacts) -> None:
+    pooling = facts.pooling
     _write_json(staging / "modules.json", templates.modules_config(pooling))
     _write_json(staging / "sentence_bert_config.json", templates.transformer_config())
     _write_json(
         staging / "config_sentence_transformers.json",
-        templates.sentence_transformers_config(prompts, pooling=pooling),
+        templates.sentence_transformers_config(facts.prompts, pooling=pooling),
     )
     if pooling in templates.POOLING_MODES:
-        _write_module(staging / "1_Pooling", templates.pooling_config(pooling, width=width))
+        _write_module(staging / "1_Pooling", templates.pooling_config(pooling, width=facts.width))
     _write_module(staging / "2_Normalize", templates.normalize_config(pooling))
 
 
@@ -241,7 +288,7 @@ def _verify(
     staging: Path, self_test: Sequence[SelfTestVector], settings: ImageSettings
 ) -> float | None:
     """Load what was written; ValueError unless it gives the vectors. Returns resize_difference."""
-    encoder = load_encoder(staging)
+    encoder = load_encoder(staging, layer_by_layer=True)
     report = compare(encoder, staging, tolerance=DEFAULT_TOLERANCE)
     if not report.passed:
         raise ValueError(

@@ -5,6 +5,7 @@ agree, tokens, pictures, attention, pooling and weights all survived the export.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SELF_TEST_NAME = "selftest.json"
 SELF_TEST_FOLDER = "selftest"
 DEFAULT_TOLERANCE = 1e-4
+LEAST_COSINE = 0.9999  # of vectors in half precision, where sums of another order differ by 1e-2
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ class SelfTestVector:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """What check_self_test measured; differences are max absolute ones between two vectors."""
+    """What check_self_test measured; differences are max absolute ones between two vectors.
+
+    A model in half precision is judged by cosines, any other by differences.
+    """
 
     differences: tuple[float, ...]  # one per entry of selftest.json, in its order
     names: tuple[str, ...]  # what each entry is, for messages
     tolerance: float
+    cosines: tuple[float, ...] = ()
+    half_precision: bool = False
 
     @property
     def max_difference(self) -> float:
@@ -63,12 +70,26 @@ class SelfTestReport:
         return float(np.max(self.differences))
 
     @property
+    def min_cosine(self) -> float:
+        """The smallest cosine between a vector and what it should be; NaN if any is."""
+        return float(np.min(self.cosines))
+
+    @property
     def passed(self) -> bool:
         """Whether every entry is within tolerance (NaN is not)."""
+        if self.half_precision:
+            return all(cosine >= LEAST_COSINE for cosine in self.cosines)
         return all(difference <= self.tolerance for difference in self.differences)
 
     def describe(self) -> str:
         """One line: how many entries failed and which was worst."""
+        if self.half_precision:
+            failed = sum(not cosine >= LEAST_COSINE for cosine in self.cosines)
+            worst = int(np.argmin(self.cosines))
+            return (
+                f"{failed} of {len(self.cosines)} self-test entries have a cosine below "
+                f"{LEAST_COSINE:g}; worst: {self.names[worst]} with {self.cosines[worst]:.6f}"
+            )
         failed = sum(not difference <= self.tolerance for difference in self.differences)
         worst = int(np.argmax(self.differences))
         return (
@@ -80,9 +101,10 @@ class SelfTestReport:
 def check_self_test(path: Path, *, tolerance: float = DEFAULT_TOLERANCE) -> SelfTestReport:
     """Load the folder with SentenceTransformer and compare what it encodes with selftest.json.
 
-    Needs sentence-transformers (extra `export`). Runs on CPU in the dtype of the weights.
-    Raises ValueError if selftest.json is missing, empty or malformed; a vector that differs is
-    not an error here but `report.passed == False`.
+    Needs sentence-transformers (extra `export`). Runs on CPU in the dtype of the weights; in half
+    precision cosines of 0.9999 are asked for, and `tolerance` of nothing. Raises ValueError if
+    selftest.json is missing, empty or malformed; a vector that differs is not an error here but
+    `report.passed == False`.
     """
     return compare(load_encoder(path), path, tolerance=tolerance)
 
@@ -90,7 +112,7 @@ def check_self_test(path: Path, *, tolerance: float = DEFAULT_TOLERANCE) -> Self
 def compare(encoder: "Encoder", path: Path, *, tolerance: float) -> SelfTestReport:
     """check_self_test with a model that is already loaded."""
     entries = _read_entries(path)
-    differences = []
+    differences, cosines = [], []
     for index, entry in enumerate(entries):
         picture = entry["image"] and _open_inside(path, entry["image"])
         found = encode_one(encoder, entry["text"], picture or None, entry["instruction"])
@@ -101,23 +123,29 @@ def compare(encoder: "Encoder", path: Path, *, tolerance: float) -> SelfTestRepo
                 f"the model gives {found.shape}: the file belongs to another model"
             )
         differences.append(float(np.abs(found - expected).max()))
+        lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
+        cosines.append(float(((found * expected).sum(axis=-1) / lengths).min()))
     return SelfTestReport(
+        cosines=tuple(cosines),
+        half_precision=next(encoder.parameters()).dtype.itemsize < torch.float32.itemsize,
         differences=tuple(differences),
         names=tuple(_name(index, entry) for index, entry in enumerate(entries)),
         tolerance=tolerance,
     )
 
 
-def load_encoder(path: Path) -> "Encoder":
+def load_encoder(path: Path, *, layer_by_layer: bool = False) -> "Encoder":
     """SentenceTransformer of a local folder on CPU; nothing is looked up elsewhere.
 
-    Of a folder for late interaction it is a MultiVectorEncoder.
+    Of a folder for late interaction it is a MultiVectorEncoder. `layer_by_layer`: weights stay in
+    their files, each is read when it is used, every time.
     """
     # Here and not at the top: exporting without verification works without the extra `export`.
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
     kind = MultiVectorEncoder if has_several_vectors(path) else SentenceTransformer
-    encoder: Encoder = kind(str(path), device="cpu", local_files_only=True)
+    settings = {"device_map": {"": "disk"}} if layer_by_layer else None
+    encoder: Encoder = kind(str(path), device="cpu", local_files_only=True, model_kwargs=settings)
     return encoder
 
 
@@ -229,9 +257,38 @@ def model_size(picture: Image.Image, settings: ImageSettings) -> tuple[int, int]
     return width, height
 
 
+def steady_picture(picture: Image.Image, settings: ImageSettings) -> Image.Image:
+    """Resize a picture to a size that the image processor leaves as it is, as near as there is one.
+
+    The model's own size need not be: where few pixel counts are allowed, 112 x 84 becomes 32 x 16,
+    and that 48 x 32. Raises ValueError if the settings leave no size alone.
+    """
+    resized = to_model_size(picture, settings)
+    if model_size(resized, settings) == resized.size:
+        return resized
+    sides = [settings.factor * n for n in range(1, settings.max_tokens + 1)]
+    steady = [
+        (width, height)
+        for width in sides
+        for height in sides
+        if settings.min_pixels <= width * height <= settings.max_pixels
+    ]
+    if not steady:
+        raise ValueError(
+            f"no picture has {settings.min_pixels} to {settings.max_pixels} pixels in sides of "
+            f"whole {settings.factor} pixels: widen data.image.min_pixels or max_pixels"
+        )
+    shape = math.log(picture.width / picture.height)
+    nearest = min(steady, key=lambda size: (abs(math.log(size[0] / size[1]) - shape), size))
+    return _resized(picture, *nearest)
+
+
 def to_model_size(picture: Image.Image, settings: ImageSettings) -> Image.Image:
     """Resize as training does: torch's antialiased bicubic on uint8, channels last."""
-    width, height = model_size(picture, settings)
+    return _resized(picture, *model_size(picture, settings))
+
+
+def _resized(picture: Image.Image, width: int, height: int) -> Image.Image:
     if (width, height) == picture.size:
         return picture
     pixels_HWC = torch.from_numpy(np.array(picture, dtype=np.uint8))

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cocoa_dist.config import ModelConfig, RunConfig
+from cocoa_dist.data.images import Pixels
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.vocabulary import bridge_tokens, learnt_tokens
 from cocoa_dist.export import (
@@ -25,6 +26,7 @@ from cocoa_dist.export import (
     check_self_test,
     export_folder,
 )
+from cocoa_dist.export.selftest import steady_picture
 from cocoa_dist.inputs import tokenizer_folder
 from cocoa_dist.report.facts import RunFacts
 from cocoa_dist.train.build import load_vocabulary
@@ -187,6 +189,7 @@ def self_test_vectors(embedder: Embedder, sets: Sequence[HeldOut]) -> list[SelfT
     images = [item.image for one in sets for item in one.images[:2]]
     if not texts:
         texts, images = ["a small test", "two words"], [None, None]
+    images = [image if image is None else _steady(image, embedder) for image in images]
     first, last, picture = texts[0], texts[-1], images[0]
     items = [
         Item(text=first),
@@ -209,6 +212,18 @@ def self_test_vectors(embedder: Embedder, sets: Sequence[HeldOut]) -> list[SelfT
         )
         for item, vector in zip(items, embedder.embed(items), strict=True)
     ]
+
+
+def _steady(image: Pixels, embedder: Embedder) -> Pixels:
+    """Resize a picture to one that training and the exported folder take as it is."""
+    limits = embedder.settings.image
+    settings = ImageSettings(
+        patch_size=embedder.geometry.patch_size,
+        min_pixels=limits.min_pixels,
+        max_pixels=limits.max_pixels,
+        merge_size=embedder.geometry.merge,
+    )
+    return np.asarray(steady_picture(Image.fromarray(np.asarray(image)), settings))
 
 
 def card_info(run: RunFacts, *, scores: Sequence[Mapping[str, str | float]]) -> CardInfo:
@@ -243,4 +258,6 @@ def _image_settings(config: RunConfig, embedder: Embedder) -> ImageSettings:
         max_pixels=config.data.image.max_pixels,
         merge_size=embedder.geometry.merge,
         temporal_patch_size=embedder.geometry.temporal,
+        mean=embedder.geometry.mean,
+        std=embedder.geometry.std,
     )

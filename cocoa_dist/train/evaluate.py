@@ -129,12 +129,18 @@ def embedding_pack(
 
 
 def load_embedder(
-    config: RunConfig, *, run_dir: Path | None, after_stage: str | None = None
+    config: RunConfig,
+    *,
+    run_dir: Path | None,
+    after_stage: str | None = None,
+    weights: bool = True,
 ) -> Embedder:
     """Load the model as it stood after a stage (default: the last), or the base model.
 
     `after_stage="model"` is the base model. Embeddings are read with the rule and pooling of the
-    recipe's last stage. Raises ValueError if the stage has no complete checkpoint.
+    recipe's last stage. `weights=False`: parameters are on the meta device, for a caller that has
+    them elsewhere; learnt tokens are rows of the embedding then. Raises ValueError if the stage has
+    no complete checkpoint.
     """
     name = after_stage or list(config.stages)[-1]
     vocabulary = load_vocabulary(config.model)
@@ -143,11 +149,12 @@ def load_embedder(
         config.model,
         token_ids=special_token_ids(config.model),
         vocabulary_size=vocabulary.size,
+        weights=weights,
     )
     model = EmbeddingModel(backbone, HeadsConfig(embeddings=True))
-    if vocabulary.learnt:
+    if vocabulary.learnt and weights:
         model.add_compression_tokens(ids=vocabulary.learnt, known=vocabulary.learnt_before)
-    if name != FROM_MODEL:
+    if name != FROM_MODEL and weights:
         load_weights(model, stage_weights(run_dir, name))
     geometry = image_geometry(backbone)
     return Embedder(

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -163,25 +164,38 @@ def write_file(folder: Path, name: str, chunks: Iterable[Any]) -> FileEntry:
 def safetensors_chunks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file: length of the header, header, tensors.
+    """Yield the bytes of a safetensors file: length of the header, header, tensors."""
+    specifications = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    yield safetensors_header(specifications, metadata)
+    for value in tensors.values():
+        yield from tensor_chunks(value)
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return the head of a safetensors file of tensors of these dtypes and shapes, in order.
 
     https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
-    for name, value in tensors.items():
-        place = [begin, begin + value.nbytes]
-        dtype = _DTYPES[value.dtype]
-        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": place}
-        begin += value.nbytes
+    for name, (dtype, shape) in tensors.items():
+        place = [begin, begin + prod(shape) * dtype.itemsize]
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": place}
+        begin = place[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for value in tensors.values():
-        flat = value.detach().contiguous().reshape(-1)
-        raw: memoryview = flat.view(torch.uint8).numpy().data
-        for offset in range(0, len(raw), _CHUNK_BYTES):
-            yield raw[offset : offset + _CHUNK_BYTES]
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_chunks(value: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor as a safetensors file has them."""
+    flat = value.detach().contiguous().reshape(-1)
+    raw: memoryview = flat.view(torch.uint8).numpy().data
+    for offset in range(0, len(raw), _CHUNK_BYTES):
+        yield raw[offset : offset + _CHUNK_BYTES]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""Weights that ZeRO-3 or FSDP2 has cut up, without an engine: whole for a moment, or cut up anew.
+
+Needs no optimizer and no gradients. Every function is collective where weights are cut up.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cocoa_dist.train.engine import import_deepspeed
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter as the model has it, whatever of it is on this rank."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Give parameters whole, on the host; their memory is given back on leaving.
+
+    Collective where they are cut up: call on all ranks, for the same ones.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield [_on_host(parameter) for parameter in parameters]
+        return
+    with import_deepspeed().zero.GatheredParameters(list(parameters)):
+        yield [_on_host(parameter) for parameter in parameters]
+
+
+def _on_host(parameter: nn.Parameter) -> Tensor:
+    value: Tensor = parameter.detach()
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.cpu()
+
+
+def cut_up(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor] | None,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Put weights of rank 0 in the place of some parameters of `model`, cut up as ZeRO-3 does.
+
+    `weights`: whole tensors by the names in `parameters`, on rank 0 alone (None elsewhere). No
+    more than these is in memory whole. Parameters shared by modules stay shared. Collective: call
+    on all ranks.
+    """
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in parameters.items():
+        empty = torch.empty(parameter.shape, dtype=dtype)
+        value = empty if weights is None else weights[name].to(dtype)
+        new[parameter] = nn.Parameter(value, requires_grad=False)
+    holder = nn.ParameterList(new.values())
+    for module in model.modules():
+        for attribute, found in module._parameters.items():
+            if found is not None and found in new:
+                module._parameters[attribute] = new[found]
+    import_deepspeed().zero.Init(module=holder, dtype=dtype)  # broadcasts from rank 0, and cuts
