@@ -84,12 +84,15 @@ class Embedder:
         """The attention rule the embeddings are read with."""
         return stage_rule(self.stage)
 
-    def _batch(self, samples: Sequence[Sample]) -> Vectors:
-        pack = embedding_pack(
+    def pack(self, samples: Sequence[Sample]) -> PackedBatch:
+        """Pack samples whose embeddings are wanted, in order."""
+        return embedding_pack(
             samples, stage=self.stage, geometry=self.geometry, vocabulary=self.vocabulary
         )
+
+    def _batch(self, samples: Sequence[Sample]) -> Vectors:
         with torch.inference_mode():
-            found = self.model(pack).embeddings_ED
+            found = self.model(self.pack(samples)).embeddings_ED
         vectors: Vectors = found.numpy()
         return vectors
 
