@@ -31,6 +31,7 @@ from cocoa_dist.export.weights import DEFAULT_FILE_BYTES, write_weights  # noqa:
 from cocoa_dist.model.families import FAMILIES  # noqa: E402
 from cocoa_dist.model.shell import without_weights  # noqa: E402
 
+BLOCK = 4_000_037  # a prime
 RELEASED: Mapping[str, Mapping[str, Any]] = {  # what decides a model in its config.json
     "Qwen/Qwen2-VL-2B-Instruct": {
         "model_type": "qwen2_vl",
@@ -73,13 +74,17 @@ RELEASED: Mapping[str, Mapping[str, Any]] = {  # what decides a model in its con
 
 
 class DrawnWeights:
-    """Random weights, the same in every process: a parameter's are drawn by its name and `seed`.
+    """Random weights, the same in every process and every time.
 
-    Norms are one, other vectors zero, matrices normal with standard deviation `spread`.
+    Norms are one, other vectors zero. Matrices are normal with standard deviation `spread`: cut
+    from one block of draws, which a place by the parameter's name begins in. Its length is prime,
+    so no two rows are the same; drawing billions of numbers would take minutes.
     """
 
     def __init__(self, *, seed: int, spread: float, dtype: torch.dtype) -> None:
-        self.seed, self.spread, self.dtype = seed, spread, dtype
+        self.dtype = dtype
+        block = torch.empty(BLOCK, dtype=dtype)
+        self._block = block.normal_(std=spread, generator=torch.Generator().manual_seed(seed))
 
     @contextmanager
     def layer(self, layer: Layer) -> Iterator[Mapping[str, Tensor]]:
@@ -91,9 +96,13 @@ class DrawnWeights:
         values = torch.empty(tuple(shape), dtype=self.dtype)
         if len(shape) == 1:
             return values.fill_(float(name.endswith("weight")))
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return values.normal_(std=self.spread, generator=generator)
+        flat, filled = values.view(-1), 0
+        begin = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % BLOCK
+        while filled < len(flat):
+            part = self._block[begin : begin + len(flat) - filled]
+            flat[filled : filled + len(part)] = part
+            filled, begin = filled + len(part), 0
+        return values
 
 
 def write_model(
