@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+GUIDE_MARK = "+guide-"  # in `base_model`: behind it stands what a guide of the stage is known by
 _STEP_FOLDER = re.compile(r"^step_(\d{8})$")
 
 

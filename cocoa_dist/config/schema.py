@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cocoa_dist.config.fields import NotNegative, Positive, Ratio, StageName, Strict
 from cocoa_dist.config.model import ModelConfig
-from cocoa_dist.config.objectives import ContrastiveConfig, ObjectiveConfig
+from cocoa_dist.config.objectives import STAGE_START, ContrastiveConfig, ObjectiveConfig
 
 FROM_MODEL = "model"  # `init_from` of a stage that starts from the base model
 
@@ -227,6 +227,11 @@ class StageConfig(Strict):
         """The frozen model that says what is no negative: `stage_start`, a folder, or none."""
         config = self.objective
         return config.guide if isinstance(config, ContrastiveConfig) else None
+
+    @property
+    def guide_folder(self) -> str | None:
+        """The path of a guide that lies in a folder of its own."""
+        return None if self.guide == STAGE_START else self.guide
 
     @property
     def reads_scores(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cocoa_dist.config import RunConfig, load_resolved, resolve_path
 from cocoa_dist.events import EVENTS_NAME
-from cocoa_dist.manifest import Manifest, newest
+from cocoa_dist.manifest import GUIDE_MARK, Manifest, newest
 from cocoa_dist.metrics import METRICS_NAME, read_json_lines
 
 RESOLVED_NAME = "resolved.yaml"
@@ -115,12 +115,17 @@ def export_names(run: RunFacts, control: RunFacts | None) -> list[str]:
     return names
 
 
+def _started_from(run: RunFacts) -> str:
+    """Return what identifies the weights that a run began with, without a guide of its stage."""
+    return run.stages[0].manifest.base_model.partition(GUIDE_MARK)[0]
+
+
 def comparison_notes(run: RunFacts, control: RunFacts | None) -> list[str]:
     """Say what makes the control another thing than a control; empty if it is a fair one."""
     if control is None:
         return []
     notes = []
-    if run.stages[0].manifest.base_model != control.stages[0].manifest.base_model:
+    if _started_from(run) != _started_from(control):
         notes.append("The two arms did not start from the same weights.")
     if run.config.data != control.config.data:
         notes.append("The two arms prepare texts or pictures differently (their `data` differs).")

@@ -19,13 +19,7 @@ import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from cocoa_dist.config import (  # noqa: E402
-    STAGE_START,
-    RunConfig,
-    dump_yaml,
-    load_recipe,
-    resolve_path,
-)
+from cocoa_dist.config import RunConfig, dump_yaml, load_recipe, resolve_path  # noqa: E402
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _EXAMPLES = """\
@@ -114,8 +108,8 @@ def _check_inputs(config: RunConfig) -> int:
         check_model_folder(config.model.path)
     tokenizer_folder(config.model)
     for name, stage in config.stages.items():
-        if stage.guide not in (None, STAGE_START):
-            check_model_folder(str(stage.guide), named=f"stages.{name}.objective.guide")
+        if stage.guide_folder is not None:
+            check_model_folder(stage.guide_folder, named=f"stages.{name}.objective.guide")
     mechanics = read_ds_config(config.engine.ds_config)
     build_ds_config(mechanics, max_grad_norm=1.0, dtype=config.model.dtype)
     sources = [source for stage in config.stages.values() for source in stage.data.blend.values()]

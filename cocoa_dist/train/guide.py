@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cocoa_dist import manifest
 from cocoa_dist.batch import PackedBatch
-from cocoa_dist.config import FROM_MODEL, STAGE_START, RunConfig, StageConfig, resolve_path
+from cocoa_dist.config import FROM_MODEL, RunConfig, StageConfig, resolve_path
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.vocabulary import Vocabulary, learnt_tokens, load_tokenizer
 from cocoa_dist.distributed import raise_together, rank, training_device, world_size
@@ -43,26 +43,25 @@ def load_guide(
     Embeddings are (E, D) float32, or (E, K, D), without gradient. Raises ValueError on all ranks
     for a guide that is not there, or does not read batches as the model does. Collective.
     """
-    guide = config.stages[stage_name].guide
-    if guide is None:
+    stage, weights = config.stages[stage_name], rank() == 0
+    if stage.guide is None:
         return None
-    weights = rank() == 0
-    if guide == STAGE_START:
+    if stage.guide_folder is None:
         model = raise_together(
             lambda: _stage_start(config, stage_name, parts, run_dir=run_dir, weights=weights)
         )
     else:
-        folder = resolve_path(guide)
+        folder = resolve_path(stage.guide_folder)
         model = raise_together(lambda: _from_folder(folder, config, parts, weights=weights))
     return _shared(model)
 
 
 def guide_digest(stage: StageConfig, *, hash_files: Callable[[Sequence[Path]], list[str]]) -> str:
     """Return what identifies a guide that lies in a folder of its own; nothing for others."""
-    if stage.guide in (None, STAGE_START):
+    if stage.guide_folder is None:
         return ""
-    files = sorted(resolve_path(str(stage.guide)).glob("*.safetensors"))
-    return f"+guide-{hashlib.sha256(''.join(hash_files(files)).encode()).hexdigest()}"
+    files = sorted(resolve_path(stage.guide_folder).glob("*.safetensors"))
+    return f"{manifest.GUIDE_MARK}{hashlib.sha256(''.join(hash_files(files)).encode()).hexdigest()}"
 
 
 def _stage_start(

@@ -14,13 +14,15 @@ _SAY_SECONDS = 60.0
 
 
 def input_paths(config: RunConfig) -> list[Path]:
-    """Return what a recipe names on disk: data sets of stages and evaluation, model, tokenizer.
+    """Return what a recipe names on disk: data sets, model, tokenizer, guides.
 
     Those in an object store are left to the loaders.
     """
     sources = [source for stage in config.stages.values() for source in stage.data.blend.values()]
     names = {source.path for source in [*sources, *config.evaluation.sets.values()]}
-    names |= {name for name in (config.model.path, config.model.tokenizer) if name is not None}
+    guides = [stage.guide_folder for stage in config.stages.values()]
+    models = (config.model.path, config.model.tokenizer, *guides)
+    names |= {name for name in models if name is not None}
     return [resolve_path(name) for name in sorted(names) if not is_remote(name)]
 
 

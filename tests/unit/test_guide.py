@@ -1,5 +1,8 @@
 """The frozen guide of a contrastive stage: what it is, and what it may not be."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_evaluate import write_checkpoint
@@ -7,9 +10,11 @@ from tiny_exports import tiny_export
 
 from cocoa_dist.config import ConfigError, load_recipe
 from cocoa_dist.manifest import sha256_file
+from cocoa_dist.report.facts import comparison_notes
 from cocoa_dist.train.__main__ import main
 from cocoa_dist.train.build import build_parts, first_steps
 from cocoa_dist.train.guide import guide_digest, load_guide
+from launcher.slurm.site_inputs import input_paths
 
 STAGE = "contrastive"
 GUIDE = f"stages.{STAGE}.objective.guide"
@@ -114,3 +119,20 @@ def test_a_guide_that_is_not_there_is_found_out_before_anything_starts(tmp_path,
 def test_a_margin_without_a_guide_is_refused() -> None:
     with pytest.raises(ConfigError, match="there is no guide: name one"):
         recipe(f"stages.{STAGE}.objective.guide_margin=0.1")
+
+
+def test_a_folder_of_a_guide_is_an_input_and_no_other_beginning() -> None:
+    config = recipe(f"{GUIDE}=/models/guide")
+    assert Path("/models/guide") in input_paths(config)
+    assert all(
+        "stage_start" not in str(path) for path in input_paths(recipe(f"{GUIDE}=stage_start"))
+    )
+    arms = [arm("weights"), arm("weights+guide-1234"), arm("others")]
+    assert [bool(comparison_notes(arms[0], other)) for other in arms] == [False, False, True]
+
+
+def arm(base_model: str):
+    """Facts of a run that compare equal but for what it began with."""
+    stage = SimpleNamespace(manifest=SimpleNamespace(base_model=base_model))
+    run = SimpleNamespace(data=None)
+    return SimpleNamespace(stages=[stage], config=run, train_cpu_seconds=1.0)
