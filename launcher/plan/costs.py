@@ -222,8 +222,9 @@ def memory_parts(
         ),
         "logits": _logit_bytes(stage, shape, tokens=tokens),
     }
-    if stage.guide is not None:
-        parts["guide"] = float(width * shape.parameters)  # every card has all of it
+    if any(other.guide is not None for other in config.stages.values()):  # parts are a table
+        has_one = stage.guide is not None
+        parts["guide"] = float(width * shape.parameters) if has_one else 0.0  # whole on every card
     if config.engine.reduction == "coalesce":
         parts["gradients"] += width * trainable
     if cluster.card.name != "cpu":

@@ -72,10 +72,13 @@ def test_hard_negatives_cost_tokens_and_time():
     assert three.compute_seconds > none.compute_seconds
 
 
-def test_a_guide_costs_a_copy_of_the_weights_and_a_forward_pass():
-    none = found().stages[-1]
-    guided = found(overrides=["stages.contrastive.objective.guide=stage_start"]).stages[-1]
+def test_a_guide_costs_a_copy_of_the_weights_and_a_forward_pass(capsys):
+    guide = "stages.contrastive.objective.guide=stage_start"
+    none, (first, *_, guided) = found().stages[-1], found(overrides=[guide]).stages
     assert "guide" not in none.memory
+    assert first.memory["guide"] == 0.0
+    assert tell(RECIPE, guide, "--gpus", "8") == 0
+    assert "guide" in capsys.readouterr().out
     assert guided.memory["guide"] == 2 * 8_292_166_656  # bfloat16
     assert guided.hardware_flops > none.hardware_flops
     assert guided.model_flops == none.model_flops
