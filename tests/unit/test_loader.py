@@ -3,44 +3,34 @@
 Data sets are tiny and made here.
 """
 
-import io
-import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_loaders import (
+    BAD_RECORD,
+    BATCH_SIZE,
+    CAPTION_VIEWS,
+    NUM_RECORDS,
+    OBJECTIVES,
+    TOKENIZER,
+    config,
+    open_loader,
+    read,
+    record,
+    write,
+)
 
 from cocoa_dist.batch import StepBatch
-from cocoa_dist.config import ASSET_DIR, RunConfig, differences, parse_config
-from cocoa_dist.data.loader import StageLoader
+from cocoa_dist.config import RunConfig, differences
 from cocoa_dist.data.packing import length_bound
-from cocoa_dist.data.record_source import RecordSource, read_left_out
-from cocoa_dist.data.records import Record, image_part, text_part
-from cocoa_dist.data.samples import ImageGeometry, Vocabulary
-from cocoa_dist.data.shards import write_shards
+from cocoa_dist.data.record_source import RecordSource
+from cocoa_dist.data.samples import Vocabulary
 
-GEOMETRY = ImageGeometry(patch_size=8)
-NUM_RECORDS = 30
-BATCH_SIZE = 12
-BAD_RECORD = 5
-TOKENIZER = ASSET_DIR / "tokenizer"
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "caption": {"kind": "reconstruction", "text_mask_ratio": 0.3, "image_mask_ratio": 0.5},
-    "bridged": {"kind": "reconstruction", "text_mask_ratio": 0.7},
-    "language": {"kind": "next_token"},
-    "pair": {"kind": "contrastive"},
-    "interleaved": {"kind": "reconstruction", "text_mask_ratio": 0.3, "image_mask_ratio": 0.5},
-    "dialogue": {"kind": "next_token"},
-    "questions": {"kind": "next_token"},
-}
 MASKS: list[dict[str, Any]] = [
     {"mask_sampling": "exact"},
     {"text_mask_span": 3, "image_mask_block": 2},
@@ -48,35 +38,6 @@ MASKS: list[dict[str, Any]] = [
     {"mask_replacement": "learned"},
     {"context_mask_ratio": 0.4},
 ]
-CAPTION_VIEWS = sorted(OBJECTIVES.keys() - {"dialogue"})  # whose records have turns
-RULES = {
-    "bridged": "eos_bridged",
-    "language": "causal",
-    "dialogue": "compression",
-    "questions": "compression",
-}
-
-
-def record(number: int, prefix: str = "a", *, broken: bool = False) -> Record:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    data = b"not a picture" if broken else file.getvalue()
-    words = [f"word{number} {'and more ' * (number % 5)}", "small", "round"]
-    return Record(
-        key=f"{prefix}{number}",
-        task="t",
-        query=(text_part(f"thing {number}"),),
-        positives=((image_part(0),),),
-        target=(text_part(f"thing {number}: {', '.join(words)}"),),
-        images=(data,),
-        meta={"keywords": words},
-    )
-
-
-def write(path: Path, records: Sequence[Record]) -> Path:
-    write_shards(records, path, info={}, records_per_batch=4, records_per_shard=16)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -93,78 +54,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset_with_bad_record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [record(n, broken=n == BAD_RECORD) for n in range(NUM_RECORDS)]
     return write(tmp_path_factory.mktemp("bad") / "a", records)
-
-
-def config(
-    sources: dict[str, Any], *, view: str = "caption", workers: int = 0, **changes: Any
-) -> RunConfig:
-    paths = {
-        name: value if isinstance(value, dict) else {"path": str(value)}
-        for name, value in sources.items()
-    }
-    stage = {
-        "objective": OBJECTIVES[view],
-        "attention": {"rule": RULES.get(view, "bidirectional")},
-        "data": {"view": view, "sources": paths, "image_share": 0.5},
-        "batch_size": BATCH_SIZE,
-        "steps": 100,
-        "optimizer": {"learning_rate": 1e-3},
-    }
-    image = {"augment_shift": 0.1, "augment_brightness": 0.1}
-    data = {"num_workers": workers, "tokens_per_pack": 150, "image": image}
-    tree = {
-        "name": "test",
-        "method": "test",
-        "model": {"random": {}, "tokenizer": "asset:tokenizer"},
-        "data": data | changes.pop("data", {}),
-        "stages": {"s": stage | changes},
-    }
-    return parse_config(tree, source="test")
-
-
-@contextmanager
-def open_loader(
-    run: RunConfig,
-    vocabulary: Vocabulary,
-    folder: Path,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    start_step: int = 1,
-) -> Iterator[StageLoader]:
-    loader = StageLoader(
-        run,
-        "s",
-        vocabulary=vocabulary,
-        geometry=GEOMETRY,
-        rank=rank,
-        world_size=world_size,
-        start_step=start_step,
-        folder=folder,
-    )
-    try:
-        yield loader
-    finally:
-        loader.close()
-
-
-def read(
-    run: RunConfig,
-    vocabulary: Vocabulary,
-    folder: Path,
-    *,
-    steps: int,
-    world_size: int = 1,
-    start_step: int = 1,
-) -> list[list[StepBatch]]:
-    """Return steps x ranks."""
-    columns = []
-    for rank in range(world_size):
-        with open_loader(
-            run, vocabulary, folder, rank=rank, world_size=world_size, start_step=start_step
-        ) as loader:
-            columns.append([loader.next_step() for _ in range(steps)])
-    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def summary(ranks: list[StepBatch]) -> dict[str, Any]:
@@ -550,48 +439,3 @@ def test_lengths_of_a_large_data_set_come_from_its_index(
         assert list(found) == expected
         assert source.largest is not None
         assert max(expected)[0] == source.tokens[source.largest[0]]
-
-
-def test_records_that_are_left_out_keep_their_place(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
-    run = config({"a": dataset}, view="pair", data={"tokens_per_pack": 400})
-    ((whole,),) = read(run, vocabulary, tmp_path, steps=1)
-    gone = whole.record_ids[2]
-    listed = tmp_path / "list.jsonl"
-    listed.write_text(json.dumps({"dataset": "a", "number": gone, "reason": "any"}) + "\n")
-    data = {"tokens_per_pack": 400, "left_out": str(listed), "on_change": "continue"}
-    changed = config({"a": dataset}, view="pair", data=data)
-    ((without,),) = read(changed, vocabulary, tmp_path, steps=1)
-    assert without.record_ids == whole.record_ids
-    assert without.bad_records == ()
-    weights = np.concatenate([pack.pair_weights.numpy() for pack in without.packs])
-    assert (weights == 0).sum() == 2  # both sides of one pair
-    assert differences(run, changed, free=False) == []
-    stays = changed.model_copy(
-        update={"data": changed.data.model_copy(update={"on_change": "refuse"})}
-    )
-    assert any(line.startswith("data.left_out") for line in differences(run, stays, free=False))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{}\n", "line 1: expected JSON with dataset and number"), (None, "cannot be read")],
-)
-def test_a_list_that_is_none_is_named(content: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "list.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_left_out(str(path))
-
-
-def test_a_list_for_a_data_set_that_no_stage_has_is_refused(
-    dataset: Path, vocabulary: Vocabulary, tmp_path: Path
-) -> None:
-    listed = tmp_path / "list.jsonl"
-    listed.write_text(json.dumps({"dataset": "A", "number": 1}) + "\n")
-    data = {"tokens_per_pack": 400, "left_out": str(listed)}
-    run = config({"a": dataset}, view="pair", data=data)
-    with pytest.raises(ValueError, match=r"names the data set 'A', no stage has .*\(have: a\)"):
-        read(run, vocabulary, tmp_path, steps=1)
