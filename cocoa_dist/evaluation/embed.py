@@ -144,21 +144,18 @@ class Encoder:
     """
 
     def __init__(self, path: Path, *, device: str) -> None:
-        from sentence_transformers import MultiVectorEncoder, SentenceTransformer
         from transformers.utils import logging
 
-        from cocoa_dist.export.selftest import has_several_vectors
+        from cocoa_dist.export.selftest import encoder_class, has_several_vectors
 
         self._each = vectors_each(path)
-        several = has_several_vectors(path)
-        if several != (self._each > 1):
+        if has_several_vectors(path) != (self._each > 1):
             raise ValueError(
                 f"{path}: whether an embedding is one vector or several is told by "
                 f"{_SELF_TEST_NAME}, which is missing or another model's: export the model again"
             )
         logging.disable_progress_bar()  # ours is the one to look at
-        kind = MultiVectorEncoder if several else SentenceTransformer
-        self.model: Any = kind(str(path), device=device, local_files_only=True)
+        self.model: Any = encoder_class(path)(str(path), device=device, local_files_only=True)
         self.model.eval()
         self._limit = self.model.get_max_seq_length()
         self._tail = self._pooled_tail()

@@ -140,13 +140,25 @@ def load_encoder(path: Path, *, layer_by_layer: bool = False) -> "Encoder":
     Of a folder for late interaction it is a MultiVectorEncoder. `layer_by_layer`: weights stay in
     their files, each is read when it is used, every time.
     """
-    # Here and not at the top: exporting without verification works without the extra `export`.
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-
-    kind = MultiVectorEncoder if has_several_vectors(path) else SentenceTransformer
     settings = {"device_map": {"": "disk"}} if layer_by_layer else None
+    kind = encoder_class(path)
     encoder: Encoder = kind(str(path), device="cpu", local_files_only=True, model_kwargs=settings)
     return encoder
+
+
+def encoder_class(path: Path) -> Any:
+    """Return the class of sentence-transformers that loads a folder. ValueError if it has none."""
+    # Here and not at the top: exporting without verification works without the extra `export`.
+    import sentence_transformers
+
+    name = SEVERAL_VECTORS if has_several_vectors(path) else "SentenceTransformer"
+    found = getattr(sentence_transformers, name, None)
+    if found is None:
+        raise ValueError(
+            f"{path} needs {name} of sentence-transformers, version "
+            f"{sentence_transformers.__version__} has none: install 6.2 or newer"
+        )
+    return found
 
 
 def has_several_vectors(path: Path) -> bool:

@@ -14,6 +14,7 @@ from cocoa_dist.config import ConfigError, load_recipe
 from cocoa_dist.data.vocabulary import bridge_tokens
 from cocoa_dist.export import check_self_test, export_folder
 from cocoa_dist.export.card import CardInfo
+from cocoa_dist.export.selftest import encoder_class
 from cocoa_dist.mining.vectors import ExportedModel
 from cocoa_dist.model.learnt import HiddenPatch, LearntTokens
 from cocoa_dist.report.arms import (
@@ -253,6 +254,17 @@ def test_the_exported_folder_gives_the_vectors_of_training(overrides, pooling, t
     card = (tmp_path / "model" / "README.md").read_text()
     assert ("by WordWeights" in card) == (pooling == "compression")
     of_transformers_alone(tmp_path / "model", encoder)
+
+
+def test_an_older_sentence_transformers_is_told_what_it_lacks(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "config_sentence_transformers.json"
+    file.write_text('{"model_type": "MultiVectorEncoder"}')
+    assert encoder_class(tmp_path) is MultiVectorEncoder
+    monkeypatch.delattr("sentence_transformers.MultiVectorEncoder")
+    with pytest.raises(ValueError, match=r"version .* has none: install 6\.2 or newer"):
+        encoder_class(tmp_path)
+    file.unlink()
+    assert encoder_class(tmp_path) is SentenceTransformer
 
 
 def stacked(vectors) -> torch.Tensor:
