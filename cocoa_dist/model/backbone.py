@@ -25,6 +25,7 @@ from cocoa_dist.distributed import rank
 from cocoa_dist.inputs import check_model_folder, model_type
 from cocoa_dist.model.compiled import compile_layers
 from cocoa_dist.model.families import FAMILIES, Family, family_of
+from cocoa_dist.model.last_layer import let_last_layer_skip
 from cocoa_dist.model.shell import without_weights
 
 log = logging.getLogger("cocoa_dist.model")
@@ -137,6 +138,7 @@ def route_attention(
         block.attn.__class__ = _segment_class(family)
         block.attn.backend = backend
         block.attn.windowed = family.is_windowed(visual.config, number)
+    let_last_layer_skip(model.model.language_model)
     if family.has_deepstack:
         model.model.language_model._deepstack_process = _add_at_rows
 

@@ -83,8 +83,11 @@ def compile_layers(model: PreTrainedModel, *, backend: str | Compiler = "inducto
     compilation = Compilation()
     named: Any = dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     compiler = compilation.counting(named)
-    for layers in (language.layers, visual.blocks):
-        plain = type(layers[0]).forward.__wrapped__  # without transformers' own checkpointing
+    for layers in (language.layers[:-1], language.layers[-1:], visual.blocks):
+        if not len(layers):
+            continue
+        forward = type(layers[0]).forward
+        plain = getattr(forward, "__wrapped__", forward)  # without transformers' own checkpointing
         compiled = torch.compile(plain, backend=compiler, dynamic=True)
         for layer in layers:
             layer.forward = partial(_run_layer, layer, compilation, compiled, plain)

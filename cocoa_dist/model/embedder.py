@@ -41,6 +41,7 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        self.keep_all_rows = False  # in the last layer too, for who looks at them
         self.new_tokens: NewTokenRows | None = None
         self.compression_tokens: LearntTokens | None = None
         if heads.patch_values:
@@ -104,22 +105,50 @@ class EmbeddingModel(nn.Module):
             batch.pixel_values, grid_thw=batch.image_grid_thw, **vision_inputs(batch.vision)
         )
         features = getattr(visual, "deepstack_features", None)
-        hidden_TD = self.core.language_model(
+        reads, skips = self._reads(batch), self.skips_rows
+        hidden = self.core.language_model(
             inputs_embeds=self._embed(batch, visual.pooler_output)[None],
             position_ids=batch.position_ids[:, None],
             use_cache=False,
             segment_plan=batch.plan,
             **_deepstack_inputs(self._shown(features, batch), batch.image_rows),
+            **({"read_rows": torch.cat(reads)} if skips else {}),
         ).last_hidden_state[0]
+        if skips:
+            labels_SD, pooled_LD, bridges_ND = hidden.split([len(rows) for rows in reads])
+        else:
+            labels_SD, pooled_LD, bridges_ND = (hidden.index_select(0, rows) for rows in reads)
         return ModelOutput(
-            logits_SV=self._logits(hidden_TD, batch) if self.heads.text_logits else None,
-            patches_RC=self._patches(hidden_TD, batch) if self.heads.patch_values else None,
-            embeddings_ED=self._pooled(hidden_TD, batch) if self.heads.embeddings else None,
-            bridges_BKD=hidden_TD.detach()[batch.bridge_rows]
+            logits_SV=self.backbone.get_output_embeddings()(labels_SD)
+            if self.heads.text_logits
+            else None,
+            patches_RC=self._patches(hidden, batch) if self.heads.patch_values else None,
+            embeddings_ED=self._pooled(pooled_LD, batch) if self.heads.embeddings else None,
+            bridges_BKD=bridges_ND.detach().view(*batch.bridge_rows.shape, -1)
             if batch.bridge_rows.shape[1] > 1
             else None,
             similarity=self.similarity() if self.heads.similarity is not None else None,
         )
+
+    def _reads(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows that heads read: of labels, of embeddings, of long bridges."""
+        none = batch.label_rows[:0]
+        return (
+            batch.label_rows if self.heads.text_logits else none,
+            batch.pool_rows if self.heads.embeddings else none,
+            batch.bridge_rows.flatten() if batch.bridge_rows.shape[1] > 1 else none,
+        )
+
+    @property
+    def skips_rows(self) -> bool:
+        """Whether the last layer leaves out rows that no head reads; the same on all ranks.
+
+        A patch decoder attends to all of them, and so may what is added behind the last layer.
+        """
+        if self.keep_all_rows or self.heads.patch_values:
+            return False
+        features = getattr(self.core.visual.config, "deepstack_visual_indexes", ())
+        return len(features) < len(self.core.language_model.layers)
 
     def _embed(self, batch: PackedBatch, visual_MD: Tensor) -> Tensor:
         """Token embeddings (T, D) with the visual tokens put in their rows."""
@@ -144,11 +173,6 @@ class EmbeddingModel(nn.Module):
         shown_M1 = (~_is_hidden(batch)[batch.image_rows])[:, None]
         return [torch.cat([f_MD[:used] * shown_M1, f_MD[used:]]) for f_MD in features]
 
-    def _logits(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
-        head = self.backbone.get_output_embeddings()
-        logits: Tensor = head(hidden_TD.index_select(0, batch.label_rows))
-        return logits
-
     def _patches(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         positions = self.core.language_model.rotary_emb(
             hidden_TD[None], batch.position_ids[:, None]
@@ -159,10 +183,9 @@ class EmbeddingModel(nn.Module):
         return predicted
 
     @staticmethod
-    def _pooled(hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+    def _pooled(pooled_LD: Tensor, batch: PackedBatch) -> Tensor:
         return pool(
-            hidden_TD,
-            rows=batch.pool_rows,
+            pooled_LD,
             index=batch.pool_index,
             count=batch.num_embeddings,
             vectors=batch.num_vectors,

@@ -88,16 +88,16 @@ class SimilarityScale(nn.Module):
         return torch.cat([(log_scale - beyond).exp(), bias])
 
 
-def pool(hidden_TD: Tensor, *, rows: Tensor, index: Tensor, count: int, vectors: int = 1) -> Tensor:
-    """Average rows into `count` embeddings (E, D), float32, L2-normalised.
+def pool(rows_LD: Tensor, *, index: Tensor, count: int, vectors: int = 1) -> Tensor:
+    """Average rows (L, D) into `count` embeddings (E, D), float32, L2-normalised.
 
     `index` says which embedding each row belongs to; one row each is last-token pooling. With
     several `vectors` an embedding, its rows stay apart: (E, K, D), each of unit length.
     """
-    picked = hidden_TD.index_select(0, rows).float()
+    picked = rows_LD.float()
     if vectors > 1:
-        picked = picked.view(count, vectors, hidden_TD.shape[1])
-    elif len(rows) != count:
+        picked = picked.view(count, vectors, rows_LD.shape[1])
+    elif len(rows_LD) != count:
         # Not bincount: it makes the host wait for a GPU.
         size = picked.new_zeros(count).index_add(0, index, picked.new_ones(len(index)))
         total = picked.new_zeros(count, picked.shape[1]).index_add(0, index, picked)

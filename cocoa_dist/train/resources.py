@@ -71,6 +71,7 @@ class StepFlops:
     visual_token: float
     label: float
     hidden: float  # visual token that is rebuilt
+    read: float  # row that a head reads: what the last layer does for no other
     pair: float  # (row, key) that attention sees, in all text layers
     patch_pair: float  # ... in the vision blocks that see whole pictures
     window_pair: float  # ... in those that see windows
@@ -79,13 +80,14 @@ class StepFlops:
     @staticmethod
     def of_model(model: EmbeddingModel, *, text_logits: bool, patches_a_token: int) -> "StepFlops":
         """Count a model that is whole (before an engine has cut it)."""
-        found = dict.fromkeys(("token", "patch", "visual_token", "label", "hidden"), 0.0)
+        found = dict.fromkeys(("token", "patch", "visual_token", "label", "hidden", "read"), 0.0)
         trained = dict.fromkeys(("visual", "text"), False)
         for name, parameter in model.named_parameters():
             trained["visual" if ".visual." in name else "text"] |= parameter.requires_grad
+        last = f"language_model.layers.{len(model.core.language_model.layers) - 1}.mlp."
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
-                kind = _kind(name)
+                kind = "read" if last in name and model.skips_rows else _kind(name)
                 if kind != "label" or text_logits:
                     below = trained["visual"] if ".visual." in name else any(trained.values())
                     passed_on = below and ".patch_embed." not in name  # pixels have no gradient
@@ -108,6 +110,10 @@ class StepFlops:
         for pack in packs:
             total += self.token * pack.num_tokens + self.label * len(pack.labels)
             total += (self.visual_token + self.patch * self.patches_a_token) * len(pack.image_rows)
+            rows_read = len(pack.label_rows) + len(pack.pool_rows)
+            if pack.bridge_rows.shape[1] > 1:
+                rows_read += pack.bridge_rows.numel()
+            total += self.read * rows_read
             total += self.hidden * len(pack.patch_rows) + self.pair * pack.plan.visible_area
             if len(pack.image_rows):  # else its picture is a filler
                 total += self.patch_pair * pack.vision.plan.visible_area

@@ -97,8 +97,10 @@ def _watched(
     layers: Any = model.core.language_model.layers
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     handles.append(layers[-1].register_forward_hook(after))
+    kept, model.keep_all_rows = model.keep_all_rows, True
     try:
         yield seen
     finally:
+        model.keep_all_rows = kept
         for handle in handles:
             handle.remove()

@@ -58,11 +58,11 @@ SHAPES = (
 )
 
 
-def model_config(name: str, **changes: Any) -> ModelConfig:
+def model_config(name: str, *, num_layers: int = 2, **changes: Any) -> ModelConfig:
     shape = RandomModelConfig(
         family=name,  # type: ignore[arg-type]
         hidden_size=48,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=3,
         num_key_value_heads=1,
         intermediate_size=40,
@@ -74,8 +74,10 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     return ModelConfig(random=shape, tokenizer="asset:tokenizer", **changes)
 
 
-def make_backbone(vocabulary, name: str, *, dtype=torch.float32, backend: str = "split"):
-    config = model_config(name, attention_backend=backend)
+def make_backbone(
+    vocabulary, name: str, *, dtype=torch.float32, backend: str = "split", num_layers: int = 2
+):
+    config = model_config(name, num_layers=num_layers, attention_backend=backend)
     torch.manual_seed(0)
     backbone = load_backbone(
         config, token_ids=special_token_ids(config), vocabulary_size=vocabulary.size
@@ -248,6 +250,8 @@ def hidden_rows(model: EmbeddingModel, pack: PackedBatch) -> Tensor:
     handle = model.core.language_model.register_forward_hook(
         lambda module, inputs, output: caught.append(output.last_hidden_state[0])
     )
+    model.keep_all_rows = True
     model(pack)
+    model.keep_all_rows = False
     handle.remove()
     return caught[0]

@@ -124,8 +124,10 @@ def hidden_rows(
     handle = model.core.language_model.register_forward_hook(
         lambda module, inputs, output: caught.append(output.last_hidden_state[0])
     )
+    model.keep_all_rows = True
     with torch.set_grad_enabled(gradient):
         model(pack)
+    model.keep_all_rows = False
     handle.remove()
     return caught[0]
 

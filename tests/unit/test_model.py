@@ -127,7 +127,9 @@ def hooked_hidden(model, pack):
     handle = model.core.language_model.register_forward_hook(
         lambda module, inputs, output: caught.append(output.last_hidden_state[0])
     )
+    model.keep_all_rows = True
     output = model(pack)
+    model.keep_all_rows = False
     handle.remove()
     return caught[0], output
 
@@ -173,6 +175,7 @@ def test_context_rows_do_not_depend_on_the_target_nor_the_reverse(vocabulary):
     """With the bridge's own input cut, nothing crosses; with it, everything crosses there."""
     backbone = make_backbone(vocabulary)
     model = EmbeddingModel(backbone, HeadsConfig())
+    model.keep_all_rows = True
     samples, pack = make_pack(vocabulary, image_geometry(backbone), rule="eos_bridged", count=1)
     segments = {s.role.name: s for s in samples[0].sample.segments}
 
@@ -324,6 +327,6 @@ def test_mean_pooling_averages_all_rows_of_a_sample():
     from cocoa_dist.model.heads import pool
 
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
-    found = pool(hidden, rows=torch.arange(3), index=torch.tensor([0, 0, 1]), count=2)
+    found = pool(hidden, index=torch.tensor([0, 0, 1]), count=2)
     half = np.sqrt(0.5)
     torch.testing.assert_close(found, torch.tensor([[half, half], [1.0, 0.0]]).float())
