@@ -238,13 +238,13 @@ def base_model_digest(
         return f"random-{digest.hexdigest()}"
     folder = resolve_path(str(config.model.path))
     paths = sorted(folder.glob("*.safetensors"))
-    digest.update(_settings_of(folder / "config.json"))
+    digest.update(settings_of(folder / "config.json"))
     for text in hash_files(paths) if hash_files else map(manifest.sha256_file, paths):
         digest.update(text.encode())
     return digest.hexdigest()
 
 
-def _settings_of(path: Path) -> bytes:
+def settings_of(path: Path) -> bytes:
     """Return what a model's config.json decides, however it is written down."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     decides = {key: value for key, value in settings.items() if key not in _SAYS_NOTHING}

@@ -28,6 +28,7 @@ from cocoa_dist.train.build import (
     StageParts,
     image_geometry,
     load_weights,
+    settings_of,
     special_token_ids,
 )
 from cocoa_dist.train.checkpoint import WEIGHTS_NAME
@@ -60,8 +61,11 @@ def guide_digest(stage: StageConfig, *, hash_files: Callable[[Sequence[Path]], l
     """Return what identifies a guide that lies in a folder of its own; nothing for others."""
     if stage.guide_folder is None:
         return ""
-    files = sorted(resolve_path(stage.guide_folder).glob("*.safetensors"))
-    return f"{manifest.GUIDE_MARK}{hashlib.sha256(''.join(hash_files(files)).encode()).hexdigest()}"
+    folder = resolve_path(stage.guide_folder)
+    digest = hashlib.sha256(settings_of(folder / "config.json"))
+    for text in hash_files(sorted(folder.glob("*.safetensors"))):
+        digest.update(text.encode())
+    return f"{manifest.GUIDE_MARK}{digest.hexdigest()}"
 
 
 def _stage_start(

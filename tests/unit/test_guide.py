@@ -1,5 +1,6 @@
 """The frozen guide of a contrastive stage: what it is, and what it may not be."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,22 @@ def test_an_exported_folder_guides_by_its_own_weights(tmp_path) -> None:
         config.stages[STAGE], hash_files=lambda paths: list(map(sha256_file, paths))
     )
     assert digest.startswith("+guide-")
+
+
+def test_a_guide_is_known_by_its_settings_too(tmp_path) -> None:
+    folder = tmp_path / "guide"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    stage = recipe(f"{GUIDE}={folder}").stages[STAGE]
+    found = []
+    for settings in (
+        {"rope_theta": 1e4},
+        {"rope_theta": 1e4, "transformers_version": "5.0"},
+        {"rope_theta": 1e6},
+    ):
+        (folder / "config.json").write_text(json.dumps(settings))
+        found.append(guide_digest(stage, hash_files=lambda paths: list(map(sha256_file, paths))))
+    assert found[0] == found[1] != found[2]
 
 
 @torch.no_grad()
