@@ -146,9 +146,7 @@ def _staged(destination: Path) -> Iterator[Path]:
     try:
         raise_together(lambda: staging.mkdir(parents=True) if writes else None)
         yield staging
-        if writes:
-            _make_durable(staging)
-            staging.rename(destination)
+        raise_together(lambda: _give_name(staging, destination) if writes else None)
     except BaseException:
         if writes:
             shutil.rmtree(staging, ignore_errors=True)
@@ -301,6 +299,11 @@ def _verify(
 
 def _write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _give_name(staging: Path, destination: Path) -> None:
+    _make_durable(staging)
+    staging.rename(destination)
 
 
 def _make_durable(folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -83,8 +84,9 @@ def write_weights(
             for layer in file.layers:
                 with weights.layer(layer) as tensors:
                     write(_layer_chunks(layer, tensors, dtype))
-    if len(files) > 1 and rank() == 0:
-        _write_index(files, names, folder, dtype=dtype)
+    if len(files) > 1:
+        write_index = partial(_write_index, files, names, folder, dtype=dtype)
+        raise_together(lambda: write_index() if rank() == 0 else None)
 
 
 @contextmanager

@@ -46,8 +46,8 @@ def run(fields: dict, world: distributed.World, folder: Path) -> dict[str, objec
     }
     embedder = load_embedder(config, run_dir=None, after_stage="model", weights=False)
     arguments["image_settings"] = arms._image_settings(config, embedder)
-    if job.name == "full disk":
-        return {"error": no_space(backbone, arguments, folder, world)}
+    if job.name.startswith("full disk"):
+        return {"error": no_space(backbone, arguments, folder / job.name, world)}
     destination = folder / job.name
     items = [Item(text=text) for text in TEXTS]
     with engine.embedding() as embed:
@@ -81,27 +81,34 @@ def read_back(embedder, source: Path, folder: Path, arguments: dict, items, vect
     return check_self_test(source).max_difference if distributed.rank() == 0 else 0.0
 
 
-def no_space(backbone, arguments: dict, folder: Path, world: distributed.World) -> str:
-    """Export with a disk that is full on rank 0 after a while; every rank must hear of it."""
-    from cocoa_dist.export import weights
+def no_space(backbone, arguments: dict, destination: Path, world: distributed.World) -> str:
+    """Export with a disk that is full on rank 0 at some point; every rank must hear of it."""
+    from cocoa_dist.export import folder, weights
 
-    calls, real = [], weights.tensor_chunks
+    module, name, calls_before = {
+        "full disk": (weights, "tensor_chunks", 9),
+        "full disk at the index": (weights, "_write_index", 0),
+        "full disk at the end": (folder, "_make_durable", 0),
+    }[destination.name]
+    calls, real = [], getattr(module, name)
 
-    def full(value):
-        calls.append(value)
-        if world.rank == 0 and len(calls) > 9:
+    def full(*args, **kwargs):
+        calls.append(args)
+        if world.rank == 0 and len(calls) > calls_before:
             raise OSError(28, "No space left on device")
-        return real(value)
+        return real(*args, **kwargs)
 
-    weights.tensor_chunks = full
+    setattr(module, name, full)
     one = [SelfTestVector("a", None, None, vector=[1.0] * 64)]
     try:
-        export_folder(model=backbone, destination=folder / "full", self_test=one, **arguments)
+        export_folder(
+            model=backbone, destination=destination, self_test=one, verify=False, **arguments
+        )
         found = "nothing"
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         found = str(error)
     finally:
-        weights.tensor_chunks = real
+        setattr(module, name, real)
     return " / ".join(distributed.gather_objects(found))
 
 

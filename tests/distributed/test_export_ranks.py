@@ -7,6 +7,7 @@ import torch
 from ranks import launch
 from safetensors.torch import load_file
 
+FULL = ["full disk", "full disk at the index", "full disk at the end"]
 WORKER = Path(__file__).with_name("export_worker.py")
 
 
@@ -28,7 +29,7 @@ def exported(tmp_path_factory):
         job("zero", "deepspeed"),
         job("half", "deepspeed", "model.dtype=bfloat16"),
         job("fsdp2", "fsdp2"),
-        job("full disk", "deepspeed"),
+        *(job(name, "deepspeed") for name in FULL),
     ]
     return folder, launch(jobs, world_size=2, folder=folder, worker=WORKER)
 
@@ -70,9 +71,10 @@ def test_a_folder_that_is_shared_out_is_written_again_to_the_bit(exported, name)
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_rank_0_stops_all_ranks_and_leaves_nothing(exported) -> None:
+@pytest.mark.parametrize("when", FULL)
+def test_a_full_disk_of_rank_0_stops_all_ranks_and_leaves_nothing(exported, when) -> None:
     folder, results = exported
-    first, second = results["full disk"]["error"].split(" / ")
+    first, second = results[when]["error"].split(" / ")
     assert first == second
     assert first.startswith("rank 0: [Errno 28] No space left on device")
     assert not [path for path in folder.iterdir() if "full" in path.name]

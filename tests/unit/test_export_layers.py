@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_exports import tiny_export
 from transformers import AutoModel
 
 from cocoa_dist.config import load_recipe
@@ -186,12 +187,20 @@ def test_files_that_do_not_fit_are_refused(tmp_path) -> None:
             stored_tensors([path])
 
 
-def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("writer", ["tensor_chunks", "_write_index"])
+def test_a_full_disk_is_told_to_all_ranks(writer, tmp_path, monkeypatch) -> None:
     model = embedder_of("qwen2_vl").model.backbone
+    monkeypatch.setattr(f"cocoa_dist.export.weights.{writer}", full_disk)
+    with pytest.raises(ValueError, match=r"^rank 0: .* No space left on device"):
+        write_weights(model, ModelWeights(), tmp_path, dtype=torch.float32, max_file_bytes=10**5)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cocoa_dist.export.weights.tensor_chunks", full)
-    with pytest.raises(ValueError, match="No space left on device"):
-        write_weights(model, ModelWeights(), tmp_path, dtype=torch.float32)
+def test_a_folder_that_cannot_get_its_name_is_told_to_all_ranks(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("cocoa_dist.export.folder._make_durable", full_disk)
+    with pytest.raises(ValueError, match=r"^rank 0: .* No space left on device"):
+        tiny_export(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def full_disk(*_, **__) -> None:
+    raise OSError(28, "No space left on device")
