@@ -28,6 +28,12 @@ MODEL = {
     **{"intermediate_size": 704, "vision_width": 128, "vision_layers": 4, "vision_heads": 4},
     "patch_size": 14,
 }
+# Without it ms-swift takes the tokenizer for a whole processor.
+PROCESSOR = {
+    **{"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"},
+    **{"patch_size": SIDE // 2, "merge_size": 2, "temporal_patch_size": 2},
+    **{"min_pixels": SIDE**2, "max_pixels": (MOST_SIDE * SIDE) ** 2},
+}
 # Languages whose names are cut between words without breaking a letter in two.
 _LANGUAGES = ("de", "fr", "es", "it", "pt", "nl", "da", "sv", "fi", "nb", "pl", "hu", "et", "ms")
 
@@ -99,6 +105,7 @@ def _write_model(folder: Path) -> None:
     model.save_pretrained(folder / "model")
     for path in resolve_path("asset:tokenizer").glob("tokenizer*"):
         shutil.copy(path, folder / "model")
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     card = {"name": "peers", "base": "random weights", "stages": [], "data": "none"}
     export_folder(
         model=model,

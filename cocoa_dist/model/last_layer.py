@@ -37,8 +37,8 @@ def let_last_layer_skip(language_model: nn.Module) -> None:
     """Make the last layer of a text model take `read_rows`; its parameters keep their names."""
     layers: Any = language_model.layers
     if not isinstance(layers[-1], ReadRowsLayer):
-        known: type[nn.Module] = type(layers[-1])
-        layers[-1].__class__ = _reading(known)
+        kind: Any = type(layers[-1])
+        layers[-1].__class__ = _reading(kind)
 
 
 @cache
