@@ -1,7 +1,6 @@
 """Vectors of the queries and targets of a data set: a model's, or ones that are at hand."""
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cocoa_dist.data.images import decode_image
 from cocoa_dist.data.records import Record, Side, side_hash, side_texts
+from cocoa_dist.evaluation.embed import MAX_PIXELS
 from cocoa_dist.export.selftest import load_encoder, refuse_several_vectors
 from cocoa_dist.manifest import sha256_file
 
@@ -191,10 +192,11 @@ def _parts(record: Record, side: Side) -> _Parts:
     for part in side:
         if part.kind != "image":
             continue
-        try:
-            pictures.append(Image.open(io.BytesIO(record.images[part.image])).convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        try:  # as in training: upright, what is transparent over white
+            pixels = decode_image(record.images[part.image], max_pixels=MAX_PIXELS)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"record {record.key!r}: its picture cannot be read: {error}"
             ) from error
+        pictures.append(Image.fromarray(pixels))
     return _Parts(pictures, " ".join(side_texts(side)))

@@ -1,5 +1,6 @@
 """Mined hard negatives: the right ones, the same after any kill, and none of another revision."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from pair_records import pair_record, picture, write_pairs
+from PIL import Image
 from tiny_exports import MAX_TEXT_TOKENS, tiny_export
 
 from cocoa_dist.config import StageDataConfig, load_recipe
@@ -28,7 +30,7 @@ from cocoa_dist.data.writing.verify import verify_dataset
 from cocoa_dist.mining.mine import MiningOptions, mine
 from cocoa_dist.mining.search import NOTHING, Neighbours, Pool, Queries, brute_force, exact, recall
 from cocoa_dist.mining.source import MinedSource
-from cocoa_dist.mining.vectors import ExportedModel, GivenVectors
+from cocoa_dist.mining.vectors import ExportedModel, GivenVectors, _parts
 from cocoa_dist.mining.work import WorkFolder
 from cocoa_dist.train.evaluate import embedding_pack, load_embedder
 
@@ -308,6 +310,23 @@ def test_the_help_names_the_options(tool, capsys) -> None:
     said = capsys.readouterr().out
     for word in ("--vectors", "--margin", "data.negatives=4", "goes on"):
         assert word in said
+
+
+def test_pictures_are_decoded_as_in_training() -> None:
+    clear, turned = Image.new("RGBA", (40, 30), (9, 9, 9, 0)), Image.new("RGB", (40, 30))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # on its side
+    images = tuple(encoded(one, exif=e) for one, e in ((clear, None), (turned, exif)))
+    side = (image_part(0), image_part(1))
+    found = _parts(Record("r", "t", side, positives=(side,), images=images), side).pictures
+    assert np.asarray(found[0]).min() == 255  # what nobody sees is white, whatever is below
+    assert [one.size for one in found] == [(40, 30), (30, 40)]
+
+
+def encoded(picture: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
 
 
 def test_sides_of_several_pictures_are_embedded_as_in_training(tmp_path) -> None:
