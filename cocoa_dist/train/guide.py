@@ -58,10 +58,14 @@ def load_guide(
 
 
 def guide_digest(stage: StageConfig, *, hash_files: Callable[[Sequence[Path]], list[str]]) -> str:
-    """Return what identifies a guide that lies in a folder of its own; nothing for others."""
-    if stage.guide_folder is None:
+    """Return what identifies a guide that lies in a folder of its own; nothing for others.
+
+    Raises ValueError on all ranks for a folder that is not there, or not whole. Collective.
+    """
+    named = stage.guide_folder
+    if named is None:
         return ""
-    folder = resolve_path(stage.guide_folder)
+    folder = raise_together(lambda: check_model_folder(named, named="objective.guide"))
     digest = hashlib.sha256(settings_of(folder / "config.json"))
     for text in hash_files(sorted(folder.glob("*.safetensors"))):
         digest.update(text.encode())

@@ -92,6 +92,7 @@ def test_a_guide_is_known_by_its_settings_too(tmp_path) -> None:
     folder = tmp_path / "guide"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
     stage = recipe(f"{GUIDE}={folder}").stages[STAGE]
     found = []
     for settings in (
@@ -99,9 +100,12 @@ def test_a_guide_is_known_by_its_settings_too(tmp_path) -> None:
         {"rope_theta": 1e4, "transformers_version": "5.0"},
         {"rope_theta": 1e6},
     ):
-        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **settings}))
         found.append(guide_digest(stage, hash_files=lambda paths: list(map(sha256_file, paths))))
     assert found[0] == found[1] != found[2]
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks config.json"):
+        guide_digest(stage, hash_files=lambda _: pytest.fail("hashed"))
 
 
 @torch.no_grad()
