@@ -75,14 +75,7 @@ def export_folder(
     _check_model(model, image_settings)
     ending = _ending(tokenizer, bridge)
     _check_tokenizer(tokenizer, model, ending)
-    if pooling in ("compression", "late_interaction") and not bridge:
-        raise ValueError(f"pooling is {pooling} and bridge is empty: name the compression tokens")
-    if pooling not in templates.POOLINGS:
-        raise ValueError(f"pooling is {pooling!r}, expected one of {list(templates.POOLINGS)}")
-    if max_text_tokens is not None and max_text_tokens < 1:
-        raise ValueError(f"max_text_tokens is {max_text_tokens}, expected at least 1 or None")
-    if not self_test:
-        raise ValueError("self_test is empty: give at least one input with its vector")
+    _check_arguments(pooling, bridge, max_text_tokens, self_test)
     facts = CardFacts(
         model_type=model.config.model_type,
         width=model.config.get_text_config().hidden_size,
@@ -167,6 +160,22 @@ def _check_model(model: PreTrainedModel, settings: ImageSettings) -> None:
             f"image_settings: patch, merge and temporal patch size are {found}, "
             f"the model's vision_config has {expected}"
         )
+
+
+def _check_arguments(
+    pooling: Pooling,
+    bridge: Sequence[str],
+    max_text_tokens: int | None,
+    self_test: Sequence[SelfTestVector],
+) -> None:
+    if pooling not in templates.POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}, expected one of {list(templates.POOLINGS)}")
+    if pooling in ("compression", "late_interaction") and not bridge:
+        raise ValueError(f"pooling is {pooling} and bridge is empty: name the compression tokens")
+    if max_text_tokens is not None and max_text_tokens < 1:
+        raise ValueError(f"max_text_tokens is {max_text_tokens}, expected at least 1 or None")
+    if not self_test:
+        raise ValueError("self_test is empty: give at least one input with its vector")
 
 
 def _check_tokenizer(
