@@ -41,6 +41,16 @@ class FileEntry(BaseModel):
     sha256: str
 
 
+class Best(BaseModel):
+    """The checkpoint of a stage with the best score so far; it stays beside the last ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    measure: str  # evaluation.keep_best, as in metrics.jsonl; more is better
+    step: int
+    value: float
+
+
 class Manifest(BaseModel):
     """The record of one checkpoint; what the launcher, resume and status read."""
 
@@ -69,6 +79,7 @@ class Manifest(BaseModel):
     productive_seconds: float  # of it, inside steps, waiting for data included
     train_cpu_seconds: float  # CPU time of all ranks inside optimizer steps
     loss: dict[str, float]
+    best: Best | None = None  # of this stage up to this checkpoint, which may be it
     files: tuple[FileEntry, ...]
     created_at: float = 0.0  # seconds since 1970
 
@@ -200,6 +211,29 @@ def stage_end(
                 f"the end of stage '{stage}' is not whole: {folder}: {fault}", folder=folder
             )
     raise ManifestError(f"stage '{stage}' has no complete checkpoint in {run_dir}")
+
+
+def stage_best(
+    run_dir: Path, *, stage: str, only: Container[str] | None = None
+) -> tuple[Path, Manifest]:
+    """Return the best checkpoint of a stage, every file checked, or `only` those of a name.
+
+    Raises ManifestError if the newest checkpoint names none, or if it is not whole.
+    """
+    found = newest(run_dir, stage=stage)
+    if found is None or found[1].best is None:
+        raise ManifestError(
+            f"stage '{stage}' of {run_dir} has no best checkpoint: evaluation.keep_best names the "
+            "measure by which one is kept"
+        )
+    folder = step_folder(run_dir, stage=stage, step=found[1].best.step)
+    manifest = read_manifest(folder)
+    fault = find_fault(folder, manifest, only=only)
+    if fault is not None:
+        raise ManifestError(
+            f"the best checkpoint of stage '{stage}' is not whole: {folder}: {fault}"
+        )
+    return folder, manifest
 
 
 def set_aside(folder: Path) -> Path:

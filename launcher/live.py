@@ -24,7 +24,7 @@ from launcher.runfolder import stop_note
 from launcher.slurm.explain import JobStatus, job_status
 from launcher.status import Status, read_status
 from launcher.steplog import StepRecord, newest_first
-from launcher.table import STATE_STYLES
+from launcher.table import STATE_STYLES, best_words
 
 OVER = ("done", "stopped", "given_up")  # nothing happens before somebody acts
 _STEPS = 600  # newest ones, for the curve
@@ -224,6 +224,9 @@ def _facts(view: View, width: int, plain: bool) -> RenderableType:
         last = status.last_checkpoint
         age = duration(last.age_seconds)
         grid.add_row("checkpoint", Text(f"{last.stage}, step {last.step}, {age} old"))
+    current = next((stage for stage in status.stages if stage.stage == status.stage), None)
+    if current is not None and current.best is not None:
+        grid.add_row("best", Text(best_words(current.best)))
     if status.loader_restarts:
         told = f"{status.loader_restarts} started again, see loader_deaths/"
         grid.add_row("loaders", Text(told, style="yellow"))

@@ -36,6 +36,15 @@ class LastCheckpoint:
 
 
 @dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint of a stage that scores best, as far as its newest one knows."""
+
+    measure: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
 class StageStatus:
     """One stage; `seconds` and `loss` are of its newest checkpoint."""
 
@@ -46,6 +55,7 @@ class StageStatus:
     wall_seconds: float
     productive_seconds: float
     loss: dict[str, float]
+    best: BestCheckpoint | None  # only if evaluation.keep_best names a measure
 
 
 @dataclass(frozen=True)
@@ -226,6 +236,7 @@ def _stage_status(
     state: StageState, *, current: StageState, step: int, started: bool
 ) -> StageStatus:
     manifest = state.manifest
+    best = manifest.best if manifest else None
     here = state is current and started
     return StageStatus(
         stage=state.stage,
@@ -235,4 +246,5 @@ def _stage_status(
         wall_seconds=manifest.wall_seconds if manifest else 0.0,
         productive_seconds=manifest.productive_seconds if manifest else 0.0,
         loss=dict(manifest.loss) if manifest else {},
+        best=BestCheckpoint(best.measure, best.step, best.value) if best else None,
     )

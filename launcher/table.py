@@ -9,7 +9,7 @@ from rich.text import Text
 from launcher.progress import duration
 from launcher.runfolder import RESOLVED_NAME, stop_note, timestamp
 from launcher.slurm.explain import JobStatus
-from launcher.status import Status
+from launcher.status import BestCheckpoint, Status
 
 STATE_STYLES = {
     "done": "green",
@@ -53,6 +53,9 @@ def _facts(status: Status, *, run_dir: Path, job: JobStatus | None) -> Renderabl
     if last is not None:
         age = duration(last.age_seconds)
         grid.add_row("checkpoint", Text(f"{last.stage}, step {last.step}, {age} old"))
+    for stage in status.stages:
+        if stage.best is not None:
+            grid.add_row("best", Text(f"{stage.stage}, {best_words(stage.best)}"))
     if status.eta_seconds is not None and status.state == "running":
         grid.add_row("time left", Text(f"about {duration(status.eta_seconds)}"))
     grid.add_row("quarantined", Text(_quarantined(status)))
@@ -60,6 +63,11 @@ def _facts(status: Status, *, run_dir: Path, job: JobStatus | None) -> Renderabl
         grid.add_row("loaders", Text(f"{status.loader_restarts} started again (loader_deaths/)"))
     grid.add_row("begun", Text(timestamp((run_dir / RESOLVED_NAME).stat().st_mtime)))
     return grid
+
+
+def best_words(best: BestCheckpoint) -> str:
+    """Say which checkpoint is best, and by what."""
+    return f"step {best.step}: {best.measure} {best.value:.4g}"
 
 
 def _quarantined(status: Status) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cocoa_dist.config.errors import nearest
 from cocoa_dist.config.fields import NotNegative, Positive, Ratio, StageName, Strict
 from cocoa_dist.config.model import ModelConfig
 from cocoa_dist.config.objectives import STAGE_START, ContrastiveConfig, ObjectiveConfig
@@ -358,6 +359,29 @@ class EvaluationConfig(Strict):
     sets: dict[str, SourceConfig] = Field(default_factory=dict)
     batch_size: Positive = 128
     every_steps: NotNegative = 0  # while a stage trains, and at its end; 0: not while it trains
+    keep_best: str | None = None  # measure whose best checkpoint of each stage stays
+
+    @property
+    def measures(self) -> list[str]:
+        """What `keep_best` can name: fields of metrics.jsonl of which more is better."""
+        return [f"held_out_recall/{name}" for name in self.sets]
+
+    @model_validator(mode="after")
+    def _the_measure_exists(self) -> "EvaluationConfig":
+        if self.keep_best is None:
+            return self
+        if self.keep_best not in self.measures:
+            raise ValueError(
+                f"evaluation.keep_best: '{self.keep_best}' is not measured"
+                f"{nearest(self.keep_best, self.measures)}; have: "
+                f"{', '.join(self.measures) or 'nothing, evaluation.sets has no set'}"
+            )
+        if not self.every_steps:
+            raise ValueError(
+                "evaluation.keep_best needs evaluation.every_steps: nothing is measured while "
+                "evaluation.every_steps is 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_score(self) -> "EvaluationConfig":

@@ -28,6 +28,7 @@ from cocoa_dist.export import (
 )
 from cocoa_dist.export.selftest import steady_picture
 from cocoa_dist.inputs import tokenizer_folder
+from cocoa_dist.manifest import Manifest
 from cocoa_dist.report.facts import RunFacts
 from cocoa_dist.train.build import load_vocabulary
 from cocoa_dist.train.evaluate import (
@@ -240,7 +241,8 @@ def card_info(run: RunFacts, *, scores: Sequence[Mapping[str, str | float]]) -> 
                 name=stage.name,
                 steps=stage.manifest.step,
                 note=f"{config.stages[stage.name].attention.rule} attention, "
-                f"{stage.manifest.samples} samples, {stage.manifest.tokens} tokens",
+                f"{stage.manifest.samples} samples, {stage.manifest.tokens} tokens"
+                + _best_note(stage.manifest),
             )
             for stage in run.stages
         ],
@@ -249,6 +251,14 @@ def card_info(run: RunFacts, *, scores: Sequence[Mapping[str, str | float]]) -> 
         compute=f"{run.train_cpu_seconds:.0f} s of CPU time inside training steps",
         scores=scores,
     )
+
+
+def _best_note(manifest: Manifest) -> str:
+    """Say that a checkpoint was chosen, and by what; nothing of a stage's end."""
+    best = manifest.best
+    if manifest.complete or best is None:
+        return ""
+    return f"; of {manifest.target_step} steps the best by {best.measure}, {best.value:.4g}"
 
 
 def _image_settings(config: RunConfig, embedder: Embedder) -> ImageSettings:

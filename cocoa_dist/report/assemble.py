@@ -37,6 +37,7 @@ from cocoa_dist.report.facts import (
     CONTRASTIVE,
     UNTRAINED,
     RunFacts,
+    best_run,
     comparison_notes,
     cpu_ratio,
     export_names,
@@ -90,6 +91,9 @@ def make_report(run: RunFacts, control: RunFacts | None) -> dict[str, Any]:
         arms.append(Arm(CONTRASTIVE, control.train_cpu_seconds, embed_sets(sets, other)))
         exports.append(_export(control, other, paths[1], sets, [arms[0], arms[2]]))
     retrieval = _retrieval(run, control, arms)
+    best = best_run(run)
+    if best is not None:
+        exports.append(_export_best(best, paths[-1], sets, arms[0]))
     shown = _shown(sets)
     names, groups, group_names = _points(sets, shown)
     content = page.Content(
@@ -130,6 +134,16 @@ def _export(
 ) -> Exported:
     log.info("exporting %s", path)
     return export_arm(arm, embedder, destination=path, sets=sets, scores=score_rows(arms))
+
+
+def _export_best(best: RunFacts, path: Path, sets: Sequence[HeldOut], untrained: Arm) -> Exported:
+    """Export the best checkpoint of the last stage beside its end."""
+    embedder = load_embedder(best.config, run_dir=best.run_dir, best=True)
+    step = best.stages[-1].manifest.step
+    arm = Arm(
+        f"{best.config.method}, step {step}", best.train_cpu_seconds, embed_sets(sets, embedder)
+    )
+    return _export(best, embedder, path, sets, [untrained, arm])
 
 
 def score_rows(arms: Sequence[Arm]) -> list[Mapping[str, str | float]]:

@@ -5,13 +5,13 @@ Reads files only: no torch, so that a report that is up to date is known to be s
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cocoa_dist.config import RunConfig, load_resolved, resolve_path
 from cocoa_dist.events import EVENTS_NAME
-from cocoa_dist.manifest import GUIDE_MARK, Manifest, newest
+from cocoa_dist.manifest import GUIDE_MARK, Manifest, newest, read_manifest, step_folder
 from cocoa_dist.metrics import METRICS_NAME, read_json_lines
 
 RESOLVED_NAME = "resolved.yaml"
@@ -106,12 +106,28 @@ def arm_names(run: RunFacts, control: RunFacts | None) -> tuple[str, ...]:
     return tuple(names)
 
 
+def best_run(run: RunFacts) -> RunFacts | None:
+    """Return the run as it stood at the best checkpoint of its last stage.
+
+    None if none is kept, or if it is the stage's end. Raises ValueError if it cannot be read.
+    """
+    last = run.stages[-1]
+    best = last.manifest.best
+    if best is None or best.step == last.manifest.step:
+        return None
+    folder = step_folder(run.run_dir, stage=last.name, step=best.step)
+    there = StageFacts(last.name, str(folder.relative_to(run.run_dir)), read_manifest(folder))
+    return replace(run, stages=(*run.stages[:-1], there))
+
+
 def export_names(run: RunFacts, control: RunFacts | None) -> list[str]:
-    """Names under export/ of the run folder: the run's own, and the control's."""
+    """Names under export/ of the run folder: the run's own, the control's, the best one's."""
     names = [run.config.name]
     if control is not None:
         other = control.config.name
         names.append(f"{other}_control" if other == run.config.name else other)
+    if best_run(run) is not None:
+        names.append(f"{run.config.name}_best")
     return names
 
 

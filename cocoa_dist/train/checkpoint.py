@@ -12,6 +12,7 @@ is whole.
 import io
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -25,8 +26,8 @@ from torch import Tensor
 from cocoa_dist import distributed
 from cocoa_dist import manifest as manifests
 from cocoa_dist.config import AdapterConfig
-from cocoa_dist.distributed import Exchange, rank, world_size
-from cocoa_dist.manifest import FileEntry, Manifest
+from cocoa_dist.distributed import Exchange, gather_objects, rank, world_size
+from cocoa_dist.manifest import Best, FileEntry, Manifest
 from cocoa_dist.metrics import JsonLines
 from cocoa_dist.model.adapter import merge_adapter
 from cocoa_dist.runtime import Fence, random_state, restore_random_state, seed_rank
@@ -149,11 +150,14 @@ class Checkpointer:
         adapter: AdapterConfig | None = None,
         max_failed_saves: int = 3,
         recipe: str = "",
+        keep_best: str | None = None,
     ) -> None:
         """`adapter`: what the stage trains, merged into the weights at its end.
 
-        `recipe`: the resolved one, which goes into each checkpoint.
+        `recipe`: the resolved one, which goes into each checkpoint. `keep_best`: the measure whose
+        best checkpoint stays, whole weights included.
         """
+        self.keep_best = keep_best
         self.run_dir, self.stage, self.keep_last = run_dir, stage, keep_last
         self.adapter, self.max_failed_saves, self.recipe = adapter, max_failed_saves, recipe
         self.root = run_dir / "checkpoints" / stage
@@ -166,6 +170,7 @@ class Checkpointer:
         self._host = shards.HostCopy()
         self._refused: frozenset[str] = frozenset()
         self._pending: _Pending | None = None
+        self._best: Best | None = None  # of the checkpoints that were committed
         self._attempts = self._failures = self._waited = 0
         self._moved = (0, 0)  # bytes written and ranks done, as told last
         self._blocked = 0.0
@@ -175,13 +180,24 @@ class Checkpointer:
         """Get the host memory of the saves before the first of them is due."""
         self._host.reserve(engine.state_bytes())
 
+    def is_best(self, value: float | None) -> bool:
+        """Say whether a score is above that of every checkpoint so far, one on its way included."""
+        best = self._best if self._pending is None else self._pending.manifest.best
+        return _is_above(value, best)
+
     def begin(
-        self, engine: TrainEngine, manifest: Manifest, *, logs: Sequence[JsonLines] = ()
+        self,
+        engine: TrainEngine,
+        manifest: Manifest,
+        *,
+        logs: Sequence[JsonLines] = (),
+        value: float | None = None,
     ) -> None:
         """Start a save; the next optimizer step waits for its copy. Collective: call on all ranks.
 
-        `logs` are made durable before the manifest: a checkpoint never knows more than the record.
-        Waits for a save that is still running. Raises SaveError on every rank as `poll` does.
+        `value`: the measure of `keep_best` at this step, alike on all ranks. `logs` are made
+        durable before the manifest: a checkpoint never knows more than the record. Waits for a
+        save that is still running. Raises SaveError on every rank as `poll` does.
         """
         started = time.monotonic()
         if self._pending is not None:
@@ -194,7 +210,9 @@ class Checkpointer:
             self.root, final, epoch=self.fence.epoch, attempt=self._attempts
         )
         engine.before_update = self.wait_for_copy
-        write = self._writer(engine, staging, logs=logs, with_weights=manifest.complete)
+        manifest = manifest.model_copy(update={"best": self._best_with(manifest.step, value)})
+        is_best = manifest.best is not None and manifest.best.step == manifest.step
+        write = self._writer(engine, staging, logs=logs, with_weights=manifest.complete or is_best)
         self._pending = _Pending(staging, final, manifest, _Job(write), began=started)
         self._blocked += time.monotonic() - started
 
@@ -218,14 +236,19 @@ class Checkpointer:
             self._blocked += time.monotonic() - started
 
     def save(
-        self, engine: TrainEngine, manifest: Manifest, *, logs: Sequence[JsonLines] = ()
+        self,
+        engine: TrainEngine,
+        manifest: Manifest,
+        *,
+        logs: Sequence[JsonLines] = (),
+        value: float | None = None,
     ) -> Path:
         """Save and wait until it is committed; return its folder. Collective: call on all ranks.
 
         Tries again what fails. Raises SaveError on every rank as `poll` does.
         """
         while True:
-            self.begin(engine, manifest, logs=logs)
+            self.begin(engine, manifest, logs=logs, value=value)
             started = time.monotonic()
             self._settle()
             self._blocked += time.monotonic() - started
@@ -247,6 +270,7 @@ class Checkpointer:
             commits.clear_left_overs(self.run_dir, fence=self.fence)
         folder, manifest, faults = find_newest_whole(self.run_dir, stage=self.stage)
         self._refused = frozenset(faults)
+        self._best = self._known_best(manifest)
         notes = [
             f"checkpoint {name} of {self.stage} is not used: {fault}"
             for name, fault in faults.items()
@@ -269,6 +293,27 @@ class Checkpointer:
             restore_random_state(state)
             return
         seed_rank(seed, stage=self.stage, step=found.manifest.step, rank=rank())
+
+    def _known_best(self, manifest: Manifest | None) -> Best | None:
+        """Return what a checkpoint names as the best, if it is there. Collective."""
+        best = manifest.best if manifest is not None else None
+        if best is None or best.measure != self.keep_best:
+            return None
+        missing = None
+        if rank() == 0:
+            try:
+                folder = manifests.step_folder(self.run_dir, stage=self.stage, step=best.step)
+                manifests.read_manifest(folder)
+            except manifests.ManifestError as error:
+                missing = str(error)
+                log.warning("the best checkpoint of %s is gone: %s", self.stage, missing)
+        return best if gather_objects(missing)[0] is None else None
+
+    def _best_with(self, step: int, value: float | None) -> Best | None:
+        """Return the best checkpoint if one of this step and value is committed."""
+        if self.keep_best is None or value is None or not _is_above(value, self._best):
+            return self._best
+        return Best(measure=self.keep_best, step=step, value=value)
 
     def _writer(
         self, engine: TrainEngine, staging: Path, *, logs: Sequence[JsonLines], with_weights: bool
@@ -349,7 +394,7 @@ class Checkpointer:
             pending.job = _Job(lambda job: self._commit(pending, manifest))
             pending.committing = True
         else:
-            self._pending, self._failures = None, 0
+            self._pending, self._failures, self._best = None, 0, pending.manifest.best
             self._seconds = (pending.renamed or time.monotonic()) - pending.began
             if rank() == 0:
                 log.info("saved %s in %.2f s", pending.final.name, self._seconds)
@@ -367,7 +412,11 @@ class Checkpointer:
             )
             pending.renamed = time.monotonic()
             commits.retire(
-                self.run_dir, stage=self.stage, newest=pending.final, keep_last=self.keep_last
+                self.run_dir,
+                stage=self.stage,
+                newest=pending.final,
+                keep_last=self.keep_last,
+                best_step=manifest.best.step if manifest.best else None,
             )
         return ()
 
@@ -387,6 +436,13 @@ class Checkpointer:
             )
         if fault.final or self._failures > self.max_failed_saves:
             raise SaveError(fault.reason, no_room=fault.no_room)
+
+
+def _is_above(value: float | None, best: Best | None) -> bool:
+    """Say whether a score beats the best one; a tie does not, nor does NaN."""
+    if value is None or not math.isfinite(value):
+        return False
+    return best is None or value > best.value
 
 
 def _random_name(of_rank: int) -> str:

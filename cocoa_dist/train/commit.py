@@ -97,14 +97,24 @@ def commit(
     manifests.fsync_folder(final.parent)
 
 
-def retire(run_dir: Path, *, stage: str, newest: Path, keep_last: int) -> None:
-    """Keep the last whole checkpoints up to `newest`; a failure is reported, the save stands."""
+def retire(
+    run_dir: Path, *, stage: str, newest: Path, keep_last: int, best_step: int | None = None
+) -> None:
+    """Keep the last whole checkpoints up to `newest`, and the best one.
+
+    A failure is reported, the save stands.
+    """
+    kept = (
+        None
+        if best_step is None
+        else manifests.step_folder(run_dir, stage=stage, step=best_step).name
+    )
     whole = 1
     for folder, found in manifests.checkpoints(run_dir, stage=stage):
         if folder.name >= newest.name:
             continue
         whole += isinstance(found, Manifest)
-        if isinstance(found, Manifest) and whole <= keep_last:
+        if isinstance(found, Manifest) and (whole <= keep_last or folder.name == kept):
             continue
         doomed = folder.with_name(f"{_STAGING}retired-{folder.name}")
         try:

@@ -27,7 +27,7 @@ from cocoa_dist.data.samples import (
     view_settings,
 )
 from cocoa_dist.data.shards import ShardReader
-from cocoa_dist.manifest import stage_end
+from cocoa_dist.manifest import stage_best, stage_end
 from cocoa_dist.model.backbone import load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.model.heads import HeadsConfig
@@ -136,14 +136,16 @@ def load_embedder(
     *,
     run_dir: Path | None,
     after_stage: str | None = None,
+    best: bool = False,
     weights: bool = True,
 ) -> Embedder:
     """Load the model as it stood after a stage (default: the last), or the base model.
 
-    `after_stage="model"` is the base model. Embeddings are read with the rule and pooling of the
-    recipe's last stage. `weights=False`: parameters are on the meta device, for a caller that has
-    them elsewhere; learnt tokens are rows of the embedding then. Raises ValueError if the stage has
-    no complete checkpoint.
+    `after_stage="model"` is the base model, `best` takes the stage's best checkpoint, which
+    evaluation.keep_best has kept, in place of its end. Embeddings are read with the rule and
+    pooling of the recipe's last stage. `weights=False`: parameters are on the meta device, for a
+    caller that has them elsewhere; learnt tokens are rows of the embedding then. Raises ValueError
+    if there is no such checkpoint.
     """
     name = after_stage or list(config.stages)[-1]
     vocabulary = load_vocabulary(config.model)
@@ -158,7 +160,7 @@ def load_embedder(
     if vocabulary.learnt and weights:
         model.add_compression_tokens(ids=vocabulary.learnt, known=vocabulary.learnt_before)
     if name != FROM_MODEL and weights:
-        load_weights(model, stage_weights(run_dir, name))
+        load_weights(model, stage_weights(run_dir, name, best=best))
     geometry = image_geometry(backbone)
     return Embedder(
         model=model.eval(),
@@ -170,10 +172,15 @@ def load_embedder(
     )
 
 
-def stage_weights(run_dir: Path | None, stage: str) -> Path:
-    """Return the weights file at the end of a stage. Raises ValueError if it is not finished."""
+def stage_weights(run_dir: Path | None, stage: str, *, best: bool = False) -> Path:
+    """Return the weights file at the end of a stage, or of its best checkpoint.
+
+    Raises ValueError if the stage is not finished, or keeps no best checkpoint.
+    """
     if run_dir is None:
         raise ValueError(f"stage '{stage}' needs the folder of a run that finished it")
+    if best:
+        return stage_best(run_dir, stage=stage, only={WEIGHTS_NAME})[0] / WEIGHTS_NAME
     return stage_end(run_dir, stage=stage)[0] / WEIGHTS_NAME
 
 

@@ -19,7 +19,14 @@ from cocoa_dist.config import RunConfig
 from cocoa_dist.data.geometry import ImageGeometry
 from cocoa_dist.data.records import Record
 from cocoa_dist.data.samples import Vocabulary, view_settings
-from cocoa_dist.distributed import gather_rows, raise_together, rank, sum_over_ranks, world_size
+from cocoa_dist.distributed import (
+    gather_objects,
+    gather_rows,
+    raise_together,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from cocoa_dist.train.engine import TrainEngine
 from cocoa_dist.train.evaluate import (
     Item,
@@ -75,6 +82,16 @@ class HeldOut:
         """Say whether an evaluation follows a step: every `every_steps`, and at the stage's end."""
         every = self.settings.every_steps
         return bool(every) and (step % every == 0 or step == last)
+
+    def kept_value(self, scores: Mapping[str, float]) -> float | None:
+        """Return the measure that decides which checkpoint is best, rank 0's; None without one.
+
+        Collective: call on all ranks, after `scores`.
+        """
+        if self.settings.keep_best is None:
+            return None
+        value: float | None = gather_objects(scores.get(self.settings.keep_best))[0]
+        return value
 
     def scores(
         self, engine: TrainEngine, *, beat: Callable[[], None], stop: Callable[[], bool]

@@ -142,6 +142,7 @@ class StageRun:
         self.watchdog = self._watchdog()
         self.step_cpu = 0.0
         self.compilation = compilation_of(engine.module)
+        self.value: float | None = None  # of the last step: evaluation.keep_best
 
     def _spike_detector(self) -> SpikeDetector:
         guards = self.config.guards
@@ -200,6 +201,7 @@ class StageRun:
             self.engine,
             run_dir=self.run_dir,
             keep_last=self.config.checkpoint.keep_last,
+            keeps_best=self.config.evaluation.keep_best is not None,
             trial=trial,
         )
 
@@ -211,7 +213,11 @@ class StageRun:
             self.checkpointer.poll()
             if done or asked is not None:
                 self.save(wait=True)
-            elif self.progress.step % every == 0 or self.checkpointer.must_retry:
+            elif (
+                self.progress.step % every == 0
+                or self.checkpointer.must_retry
+                or self.checkpointer.is_best(self.value)
+            ):
                 self.save(wait=False)
             if asked is not None and not done:
                 return asked
@@ -242,6 +248,7 @@ class StageRun:
                 self.engine,
                 manifest,
                 logs=(self.metrics, self.sample_log, self.quarantine, self.skipped),
+                value=self.value,
             )
 
     def _one_step(self, step: int) -> StageEnd | None:
@@ -374,6 +381,7 @@ class StageRun:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Score the held-out sets if they are due; {} where they are not. Collective."""
+        self.value = None
         if self.held_out is None or not self.held_out.due(step, last=self.stage.steps):
             return {}
         with self.monitor.phase("evaluation"):
@@ -381,6 +389,7 @@ class StageRun:
             scores = self.held_out.scores(self.engine, beat=beat, stop=lambda: self.stop.requested)
         if scores:  # else it was left for a stop
             self.monitor.evaluated(step, scores)
+        self.value = self.held_out.kept_value(scores)
         return scores
 
     def _utilisation(self, shared: _Extras, seconds: float) -> dict[str, float]:

@@ -50,7 +50,14 @@ class Trial:
     budgets: tuple[int, int] = (0, 0)  # data.tokens_per_pack and data.patches_per_pack
 
 
-def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Trial | None) -> None:
+def preflight(
+    engine: TrainEngine,
+    *,
+    run_dir: Path,
+    keep_last: int,
+    trial: Trial | None,
+    keeps_best: bool = False,
+) -> None:
     """Try everything; rank 0 logs what it took. Collective: call on all ranks.
 
     `trial` is None where a stage goes on: its packs have been tried. Raises ValueError on all
@@ -58,7 +65,10 @@ def preflight(engine: TrainEngine, *, run_dir: Path, keep_last: int, trial: Tria
     """
     begin = time.monotonic()
     check_collective()
-    needed = CHECKPOINTS_IN_FLIGHT * checkpoint_bytes(engine) + engine.weights_bytes()
+    one, weights = checkpoint_bytes(engine), engine.weights_bytes()
+    needed = CHECKPOINTS_IN_FLIGHT * one + weights
+    if keeps_best:  # stays while a better one is written
+        needed += one + weights
     raise_together(lambda: check_write(run_dir))
     raise_together(lambda: check_disk(run_dir, needed=needed, keep_last=keep_last))
     parts = ["collective", "checkpoint write", f"room for {needed / _GIB:.2f} GiB"]

@@ -123,6 +123,7 @@ def _checkpointer(config: RunConfig, stage_name: str, *, run_dir: Path) -> Check
         adapter=config.stages[stage_name].adapter,
         max_failed_saves=config.checkpoint.max_failed_saves,
         recipe=dump_yaml(config),
+        keep_best=config.evaluation.keep_best,
     )
 
 

@@ -5,6 +5,7 @@ import torch
 from stage_run import start
 
 from cocoa_dist.config import ConfigError, load_recipe
+from cocoa_dist.manifest import stage_best
 from cocoa_dist.train.evaluate import evaluate_sets, load_embedder
 
 DROPOUT = "{kind: lora, rank: 2, alpha: 4, dropout: 0.5, targets: [q_proj, v_proj]}"
@@ -29,7 +30,8 @@ def run(folder, case: str, *more: str):
 @pytest.mark.parametrize("case", CASES)
 def test_an_evaluation_changes_no_number_of_the_run(tmp_path, case) -> None:
     plain = run(tmp_path / "plain", case)
-    often = run(tmp_path / "often", case, EVERY, "evaluation.batch_size=16")
+    keep = "evaluation.keep_best=held_out_recall/unseen_concept"
+    often = run(tmp_path / "often", case, EVERY, keep, "evaluation.batch_size=16")
     plain.wait(), often.wait()
     assert often.numbers() == plain.numbers()
     left, right = plain.weights(), often.weights()
@@ -39,6 +41,9 @@ def test_an_evaluation_changes_no_number_of_the_run(tmp_path, case) -> None:
     assert scored == [2, 4, 5]  # every second step, and the stage's end
     assert not any("held_out" in name for record in plain.records() for name in record)
     assert [e["step"] for e in often.events("evaluated")] == scored
+    values = [r["held_out_recall/unseen_concept"] for r in often.records() if r["step"] in scored]
+    _, best = stage_best(often.folder, stage=often.stage)
+    assert best.step == scored[values.index(max(values))]
     phases = [e["phase"] for e in often.events("phase")]
     assert phases.count("evaluation") == 3
     assert "evaluation" not in [e["phase"] for e in plain.events("phase")]
@@ -55,6 +60,26 @@ def test_an_evaluation_changes_no_number_of_the_run(tmp_path, case) -> None:
 def test_an_evaluation_needs_a_set() -> None:
     with pytest.raises(ConfigError, match=r"evaluation.every_steps is 5, but evaluation.sets has"):
         load_recipe("cocoa_qwen2_vl_2b", ["evaluation.every_steps=5", "evaluation.sets={}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["evaluation.every_steps=5", "evaluation.keep_best=held_out_recall/unseen_concpt"],
+            r"'held_out_recall/unseen_concpt' is not measured, did you mean "
+            r"'held_out_recall/unseen_concept'\?; have: held_out_recall/unseen_concept",
+        ),
+        (["evaluation.every_steps=5", "evaluation.keep_best=loss"], r"'loss' is not measured"),
+        (
+            ["evaluation.keep_best=held_out_recall/unseen_concept"],
+            r"keep_best needs evaluation.every_steps",
+        ),
+    ],
+)
+def test_a_measure_that_does_not_exist_is_refused_by_name(settings, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_recipe("debug", settings)
 
 
 @pytest.mark.slow

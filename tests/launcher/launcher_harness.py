@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import launcher
-from cocoa_dist.manifest import Manifest, step_folder, write_manifest
+from cocoa_dist.manifest import Best, Manifest, step_folder, write_manifest
 from launcher.__main__ import main
 
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
@@ -137,7 +137,13 @@ def make_launch(folder: Path, *, stages: Sequence[str] = ("a", "b", "c")) -> Lau
 
 
 def put_checkpoint(
-    run_dir: Path, *, stage: str, step: int, target_step: int = 10, complete: bool | None = None
+    run_dir: Path,
+    *,
+    stage: str,
+    step: int,
+    target_step: int = 10,
+    complete: bool | None = None,
+    best: Best | None = None,
 ) -> Path:
     """Write a checkpoint folder with a manifest and nothing else."""
     folder = step_folder(run_dir, stage=stage, step=step)
@@ -163,6 +169,7 @@ def put_checkpoint(
         productive_seconds=1.0 * step,
         train_cpu_seconds=1.0 * step,
         loss={"total": 0.5},
+        best=best,
         files=(),
     )
     write_manifest(folder, manifest)

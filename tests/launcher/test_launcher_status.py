@@ -12,6 +12,7 @@ from launcher_harness import hurry, make_launch, put_checkpoint
 
 import launcher
 from cocoa_dist.config import load_recipe
+from cocoa_dist.manifest import Best
 from launcher.__main__ import main
 from launcher.claim import claimed
 from launcher.history import Verdict, end_incarnation, start_incarnation
@@ -169,6 +170,17 @@ def test_json_has_exactly_the_promised_fields(run_dir, capsys):
     assert sorted(fields) == sorted(FIELDS)
     assert set(fields["last_checkpoint"]) == {"stage", "step", "age_seconds"}
     assert (fields["run"], fields["recipe"]) == ("run", "small")
+
+
+def test_the_best_checkpoint_is_named(run_dir, capsys):
+    best = Best(measure="held_out_recall/validation", step=4, value=0.4375)
+    put_checkpoint(run_dir, stage="a", step=10, best=best)
+    begin(run_dir)
+    assert main(["status", str(run_dir)]) == 0
+    assert "a, step 4: held_out_recall/validation 0.4375" in capsys.readouterr().out
+    assert main(["status", str(run_dir), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["best"] for stage in stages] == [best.model_dump(), None, None]
 
 
 def test_the_table_shows_stages_and_quarantined_records(run_dir, capsys):

@@ -135,6 +135,19 @@ def test_retention_keeps_the_last_ones_and_nothing_broken(run) -> None:
     assert run.names() == ["step_00000004", "step_00000008", "step_00000010"]
 
 
+def test_retention_keeps_the_best_one_beside_the_last_ones(run) -> None:
+    for step in (2, 4, 6, 8, 10):
+        run.commit(step)
+    commits.retire(
+        run.run_dir, stage=STAGE, newest=run.root / "step_00000010", keep_last=2, best_step=4
+    )
+    assert run.names() == ["step_00000004", "step_00000008", "step_00000010"]
+    commits.retire(
+        run.run_dir, stage=STAGE, newest=run.root / "step_00000010", keep_last=2, best_step=8
+    )
+    assert run.names() == ["step_00000008", "step_00000010"]
+
+
 def test_left_overs_of_all_stages_are_cleared_but_not_by_a_fenced_incarnation(run) -> None:
     other = run.run_dir / "checkpoints" / "two" / ".staging-retired-step_00000002"
     other.mkdir(parents=True)

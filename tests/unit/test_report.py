@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cocoa_dist.config import dump_yaml, load_recipe
 from cocoa_dist.data.corruption import corrupt
 from cocoa_dist.data.packing import build_pack
 from cocoa_dist.data.samples import draw_for, view_samples, view_settings
-from cocoa_dist.manifest import Manifest, step_folder, write_manifest
+from cocoa_dist.manifest import Best, Manifest, step_folder, write_manifest
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.report import facts
 from cocoa_dist.report.__main__ import main
@@ -38,8 +38,8 @@ LIMIT = "evaluation.sets.unseen_concept.limit=32"
 CONTROL = ["name=other", "method=contrastive"]
 
 
-def finished_run(folder, overrides=(), *, cpu=4.0, complete=True):
-    """Write a debug run with random weights at the end of each stage."""
+def finished_run(folder, overrides=(), *, cpu=4.0, complete=True, with_best=False):
+    """Write a debug run with random weights at the end of each stage, and at its best step."""
     config = load_recipe("debug", [LIMIT, *overrides])
     folder.mkdir(parents=True)
     (folder / "resolved.yaml").write_text(dump_yaml(config))
@@ -49,14 +49,17 @@ def finished_run(folder, overrides=(), *, cpu=4.0, complete=True):
     for name, stage in config.stages.items():
         heads = build_objective(stage, geometry=base.geometry).heads
         model = EmbeddingModel(base.model.backbone, heads)
-        weights = {
-            key: value.detach() + 0.02 * torch.randn(value.shape, generator=draw)
-            for key, value in model.named_parameters()
-        }
-        where = step_folder(folder, stage=name, step=stage.steps)
-        where.mkdir(parents=True)
-        save_file(weights, where / WEIGHTS_NAME)
-        write_manifest(where, manifest_of(name, stage.steps, cpu=cpu, complete=complete))
+        best = Best(measure="held_out_recall/unseen_concept", step=2, value=0.5)
+        for step in (2, stage.steps) if with_best else (stage.steps,):
+            weights = {
+                key: value.detach() + 0.02 * torch.randn(value.shape, generator=draw)
+                for key, value in model.named_parameters()
+            }
+            where = step_folder(folder, stage=name, step=step)
+            where.mkdir(parents=True)
+            save_file(weights, where / WEIGHTS_NAME)
+            written = manifest_of(name, step, cpu=cpu, complete=complete and step == stage.steps)
+            write_manifest(where, written.model_copy(update={"best": best if with_best else None}))
         terms = {"contrastive": ["contrastive"], "reconstruction": ["text"]}[stage.objective.kind]
         terms = [*terms, "image"] if heads.patch_values else terms
         lines += [
@@ -359,7 +362,8 @@ class Page(HTMLParser):
 def whole(tmp_path_factory):
     """A report of a run with a control, made once, in a process of its own as people do it."""
     root = tmp_path_factory.mktemp("whole")
-    run, control = finished_run(root / "run"), finished_run(root / "control", CONTROL, cpu=3.9)
+    run = finished_run(root / "run", with_best=True)
+    control = finished_run(root / "control", CONTROL, cpu=3.9)
     first = report(run, "--control", control)
     assert first.returncode == 0, first.stderr
     return run, control, first.stdout
@@ -403,14 +407,26 @@ def test_page_is_whole_and_fetches_nothing(whole):
 
 
 @pytest.mark.slow
-def test_both_models_are_exported_and_pass_their_self_test(whole):
+def test_all_models_are_exported_and_pass_their_self_test(whole):
     from cocoa_dist.export import check_self_test
 
-    for name in ("debug", "other"):
+    names = ["debug", "debug_best", "other"]
+    for name in names:
         found = check_self_test(whole[0] / "export" / name)
         assert found.passed, found.describe()
         assert len(found.differences) >= 6
-    assert sorted(path.name for path in (whole[0] / "export").iterdir()) == ["debug", "other"]
+    assert sorted(path.name for path in (whole[0] / "export").iterdir()) == names
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_exported_beside_the_end(whole):
+    folders = [whole[0] / "export" / name for name in ("debug", "debug_best")]
+    end, best = (load_file(folder / "model.safetensors") for folder in folders)
+    assert not all(torch.equal(end[name], best[name]) for name in end)
+    end, best = ((folder / "README.md").read_text() for folder in folders)
+    assert "the best by held_out_recall/unseen_concept, 0.5" in best
+    assert "the best by" not in end
+    assert "cocoa, step 2" in best
 
 
 @pytest.mark.slow
