@@ -12,33 +12,38 @@ images/. Every choice is by hash, so the same data and the same Pillow give the 
 import argparse
 import hashlib
 import io
-import json
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # works in a checkout that is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works in a checkout that is not installed
 
-import yaml  # noqa: E402
+from mmeb_builder import (  # noqa: E402
+    Fact,
+    Row,
+    Task,
+    as_picture,
+    as_texts,
+    by_hash,
+    right_first,
+    run_builder,
+    write_benchmark,
+)
 from PIL import Image  # noqa: E402
 
 from cocoa_dist.data.records import Record  # noqa: E402
 from cocoa_dist.data.shards import ShardReader  # noqa: E402
 
 SOURCE = ROOT / "cocoa_dist" / "assets" / "emoji" / "unseen_concept"
-PLACEHOLDER = "<|image_1|>\n"
 LANGUAGES = {"de": "German", "fr": "French", "ru": "Russian", "zh": "Chinese"}
 SCENE = 160  # pixels a side of a composed picture: two by two cells
 CELL = SCENE // 2
 SIDES = (44, 52, 60, 68)  # pixels of a drawing in a scene
 PART_CANDIDATES = 50  # parts of a row's own scene and of others
 KEYWORD_CANDIDATES = 50
-Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -60,29 +65,6 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One set to build: its entry in sets.yaml, and its rows."""
-
-    name: str
-    group: str
-    query: tuple[str, ...]  # its parts, of text and image
-    target: tuple[str, ...]
-    instruction: str
-    rows: Callable[["Emoji"], list["Row"]]
-    target_instruction: str = ""
-    in_distribution: bool = False  # names in English and pictures are what training pairs
-
-
-@dataclass(frozen=True)
-class Row:
-    """One query and its candidates as (text, image), the right one first."""
-
-    text: str
-    image: str
-    candidates: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
 class Scene:
     """Four drawings on one canvas; `parts` are their crops, in the order of `concepts`."""
 
@@ -98,15 +80,6 @@ class Emoji:
     concepts: list[Concept]
     scenes: dict[str, Scene] = field(default_factory=dict)  # by the code of whom it is made for
     files: dict[str, bytes] = field(default_factory=dict)  # by path below images/
-
-
-def by_hash(seed: str, options: Iterable[Chosen], key: Callable[[Chosen], str]) -> list[Chosen]:
-    """Return the options in an order that looks random and is the same everywhere."""
-
-    def number(option: Chosen) -> str:
-        return hashlib.sha256(f"{seed}|{key(option)}".encode()).hexdigest()
-
-    return sorted(options, key=number)
 
 
 def words(text: str) -> set[str]:
@@ -163,7 +136,7 @@ def classes(attribute: str, *, with_name: bool = False) -> Callable[[Emoji], lis
             Row(
                 concept.name if with_name else "",
                 concept.image,
-                _first(getattr(concept, attribute), labels, seed=concept.code),
+                right_first(getattr(concept, attribute), labels, seed=concept.code),
             )
             for concept in emoji.concepts
         ]
@@ -182,7 +155,7 @@ def keyword_rows(emoji: Emoji) -> list[Row]:
         own = {w for text in (concept.name, *concept.keywords) for w in words(text)}
         wrong = [word for word in every if not words(word) & own]
         chosen = by_hash(concept.code, wrong, str)[: KEYWORD_CANDIDATES - 1]
-        rows.append(Row("Which word goes with it?", concept.image, _texts([right, *chosen])))
+        rows.append(Row("Which word goes with it?", concept.image, as_texts([right, *chosen])))
     return rows
 
 
@@ -191,7 +164,7 @@ def look_alike_rows(emoji: Emoji) -> list[Row]:
     rows = []
     for concept in emoji.concepts:
         names = [other.name for other in emoji.concepts if other.group == concept.group]
-        listed = _first(concept.name, names, seed=concept.code)
+        listed = right_first(concept.name, names, seed=concept.code)
         rows.append(Row("What is it called?", concept.image, listed))
     return rows
 
@@ -201,7 +174,7 @@ def flag_rows(emoji: Emoji) -> list[Row]:
     flags = [c for c in emoji.concepts if c.subgroup == "country flag"]
     owners = [concept.name.removeprefix("flag: ") for concept in flags]
     return [
-        Row("Whose flag is it?", flag.image, _first(owner, owners, seed=flag.code))
+        Row("Whose flag is it?", flag.image, right_first(owner, owners, seed=flag.code))
         for flag, owner in zip(flags, owners, strict=True)
     ]
 
@@ -213,7 +186,7 @@ def person_rows(emoji: Emoji) -> list[Row]:
     for concept in emoji.concepts:
         said = sorted(words(concept.name) & answers.keys())
         if concept.group == "people and body" and len(said) == 1:
-            listed = _first(answers[said[0]], list(answers.values()), seed=concept.code)
+            listed = right_first(answers[said[0]], list(answers.values()), seed=concept.code)
             rows.append(Row("Who is it, a man, a woman or a person?", concept.image, listed))
     return rows
 
@@ -230,7 +203,7 @@ def to_pictures(text: Callable[[Concept], str], target: str) -> Callable[[Emoji]
             Row(
                 text(concept),
                 "",
-                tuple((_candidate(target), other.image) for other in _before(concept, asked)),
+                tuple((as_picture(target), other.image) for other in _before(concept, asked)),
             )
             for concept in asked
         ]
@@ -246,7 +219,7 @@ def to_texts(
     def rows(emoji: Emoji) -> list[Row]:
         asked = _distinct(emoji.concepts, target)
         return [
-            Row(*query(concept), _texts([target(other) for other in _before(concept, asked)]))
+            Row(*query(concept), as_texts([target(other) for other in _before(concept, asked)]))
             for concept in asked
         ]
 
@@ -261,7 +234,7 @@ def crop_rows(emoji: Emoji) -> list[Row]:
     rows = []
     for code, scene in emoji.scenes.items():
         parts = _parts(emoji, code)
-        listed = tuple((_candidate(CROP), one.parts[number]) for one, number in parts)
+        listed = tuple((as_picture(CROP), one.parts[number]) for one, number in parts)
         rows.append(Row(_quoted(scene, code), scene.image, listed))
     return rows
 
@@ -271,7 +244,7 @@ def matching_rows(emoji: Emoji) -> list[Row]:
     rows = []
     for code, scene in emoji.scenes.items():
         listed = tuple(
-            (_candidate(f'{MATCH} "{_other_words(one.concepts[number])}"'), one.image)
+            (as_picture(f'{MATCH} "{_other_words(one.concepts[number])}"'), one.image)
             for one, number in _parts(emoji, code)
         )
         rows.append(Row(_quoted(scene, code), scene.image, listed))
@@ -348,16 +321,6 @@ def _png(image: Image.Image) -> bytes:
 # ---------------------------------------------------------------------------------------- helpers
 
 
-def _texts(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return tuple((text, "") for text in texts)
-
-
-def _first(right: str, labels: Sequence[str], *, seed: str) -> tuple[tuple[str, str], ...]:
-    """Return the right label and then the others, as candidates."""
-    rest = [label for label in dict.fromkeys(labels) if label != right]
-    return _texts([right, *by_hash(seed, rest, str)])
-
-
 def _before(right: Concept, concepts: Sequence[Concept]) -> list[Concept]:
     """Return the right concept and then the others."""
     rest = [concept for concept in concepts if concept is not right]
@@ -372,10 +335,6 @@ def _distinct(concepts: Sequence[Concept], text: Callable[[Concept], str]) -> li
         for concept, one in zip(concepts, texts, strict=True)
         if one and texts.count(one) == 1
     ]
-
-
-def _candidate(instruction: str) -> str:
-    return f"{PLACEHOLDER}{instruction}\n"
 
 
 PICTURE = "Represent the given image."
@@ -432,72 +391,24 @@ def _from_language(locale: str, language: str) -> Task:
     )
 
 
-def published(row: Row, task: Task) -> dict[str, Any]:
-    """Return a row in MMEB's columns, its texts written as MMEB writes them."""
-    placeholder = PLACEHOLDER if row.image else ""
-    text = f"{task.instruction} {row.text}" if row.text else task.instruction
-    return {
-        "qry_text": f"{placeholder}{text}\n",
-        "qry_img_path": row.image,
-        "tgt_text": [text for text, _ in row.candidates],
-        "tgt_img_path": [image for _, image in row.candidates],
-    }
-
-
-def build(destination: Path, *, source: Path = SOURCE) -> list[dict[str, Any]]:
+def build(destination: Path, *, source: Path = SOURCE) -> list[Fact]:
     """Write everything below a new folder; returns counts and chance of every set.
 
     Raises ValueError if the folder is there already.
     """
-    if destination.exists():
-        raise ValueError(f"{destination} already exists: name another folder, or remove it")
     concepts, left_out = load_concepts(source)
     emoji = Emoji(concepts, files={concept.image: concept.picture for concept in concepts})
     compose_scenes(emoji)
-    staging = destination.with_name(f".{destination.name}.new")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    facts = [_write(task, task.rows(emoji), staging) for task in _tasks()]
-    for name, content in emoji.files.items():
-        path = staging / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    (staging / "README.md").write_text(_readme(facts, len(concepts), left_out), encoding="utf-8")
-    table = {"sets": {fact["name"]: fact["table"] for fact in facts}}
-    (staging / "sets.yaml").write_text(
-        "# Built by tools/build_emoji_mmeb.py\n" + yaml.safe_dump(table, sort_keys=False)
+    return write_benchmark(
+        destination,
+        [(task, task.rows(emoji)) for task in _tasks()],
+        pictures=emoji.files,
+        about=_about(len(concepts), left_out),
+        made_by="tools/build_emoji_mmeb.py",
     )
-    staging.rename(destination)
-    return facts
 
 
-def _write(task: Task, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
-    lines = [json.dumps(published(row, task), ensure_ascii=False) + "\n" for row in rows]
-    (folder / f"{task.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    counts = [len(row.candidates) for row in rows]
-    fixed = len(set(counts)) == 1
-    table: dict[str, Any] = {
-        "group": task.group,
-        "in_distribution": task.in_distribution,
-        "query": list(task.query),
-        "target": list(task.target),
-        "query_instruction": task.instruction,
-        "target_instruction": task.target_instruction,
-        "candidates": counts[0] if fixed else None,
-        "rows": len(rows),
-    }
-    chance = 100 * sum(1 / count for count in counts) / len(counts)
-    of = str(counts[0]) if fixed else f"{min(counts)} to {max(counts)}"
-    return {
-        "name": task.name,
-        "rows": len(rows),
-        "candidates": of,
-        "chance": chance,
-        "table": table,
-    }
-
-
-def _readme(facts: Sequence[dict[str, Any]], concepts: int, left_out: Sequence[str]) -> str:
+def _about(concepts: int, left_out: Sequence[str]) -> list[str]:
     lines = [
         "# emoji-MMEB",
         "",
@@ -506,23 +417,10 @@ def _readme(facts: Sequence[dict[str, Any]], concepts: int, left_out: Sequence[s
         "`tools/build_emoji_mmeb.py`; pictures: Noto Emoji (Apache-2.0), Twemoji (CC-BY-4.0),",
         "Fluent Emoji (MIT), names: Unicode CLDR through emojibase. Scenes and crops are made of",
         "them.",
-        "",
-        "| set | group | rows | candidates | chance, % |",
-        "| --- | --- | ---: | ---: | ---: |",
     ]
-    for fact in facts:
-        group = fact["table"]["group"]
-        cells = [
-            fact["name"],
-            group,
-            str(fact["rows"]),
-            fact["candidates"],
-            f"{fact['chance']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     if left_out:  # none of the shipped ones
         lines += ["", f"Left out, their drawing is another's too: {', '.join(left_out)}."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -531,18 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to make")
-    options = parser.parse_args(arguments)
-    try:
-        facts = build(options.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for fact in facts:
-        print(
-            f"{fact['name']:18} {fact['table']['group']:15} {fact['rows']:4} rows, "
-            f"{fact['candidates']:>8} candidates, chance {fact['chance']:5.2f}"
-        )
-    return 0
+    return run_builder(lambda options: build(options.out), parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
