@@ -33,13 +33,13 @@ class FetchError(ValueError):
     """The packages cannot be had here; the message says why."""
 
 
-def fetch(folder: Path) -> None:
-    """Download and unpack both packages below `folder`. Raises FetchError."""
+def fetch(folder: Path, *, packages: Sequence[str] = (STAMPS, CLIPART)) -> None:
+    """Download and unpack packages below `folder`. Raises FetchError."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise FetchError(f"{tool} is missing: this needs Debian 12 or the like")
     folder.mkdir(parents=True, exist_ok=True)
-    for package in (STAMPS, CLIPART):
+    for package in packages:
         if not list(folder.glob(f"{package}_*.deb")):
             _run(["apt-get", "download", package], folder)
         (file,) = folder.glob(f"{package}_*.deb")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cocoa_dist.data.shards import ShardReader
+from cocoa_dist.evaluation import read_sets
+from cocoa_dist.evaluation.rows import RowRules, find_sets, image_paths, images_root, read_set
 from cocoa_dist.manifest import newest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,3 +102,16 @@ def test_debug_trains_on_them(built: Path, tmp_path: Path) -> None:
     assert end is not None
     assert end[1].complete
     assert end[1].bad_records == 0
+
+
+def test_a_transfer_set_is_built_of_the_stamps(pictures: Path, tmp_path: Path) -> None:
+    data = tmp_path / "stamps"
+    done = python("tools/build_stamps_mmeb.py", data, "--fetched", pictures)
+    assert done.returncode == 0, done.stderr
+    table, files = read_sets(data / "sets.yaml"), find_sets(data)
+    assert len(files) == 10
+    sets = {n: read_set(n, files[n], info=table[n], rules=RowRules()) for n in files}
+    assert len(sets["stamps-group"].query_N) > 500
+    assert len(sets["stamps-kind"].candidates_N[0]) > 20
+    assert len(sets["stamps-t2i"].query_N) > 400
+    assert len(image_paths(list(sets.values()), images_root(data))) > 500  # and all are there
