@@ -16,9 +16,8 @@ import argparse
 import json
 import os
 import platform
-import socket
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ sys.path.insert(0, str(TOOLS))
 if not os.environ.get("BENCH_CHECKOUT"):
     sys.path.insert(0, str(ROOT))  # works in a checkout that is not installed
 
+from ranks_of_a_bench import run_ranks  # noqa: E402
 from step_cases import (  # noqa: E402
     CASES,
     GRAPHS,
@@ -88,7 +88,7 @@ def check(*, update: bool) -> int:
     """Count every case and compare it with the file, or write the file."""
     found: dict[str, dict[str, int]] = {}
     for ranks in sorted({case.ranks for case in CASES}):
-        found |= run_ranks({"count": ranks}, ranks=ranks, checkout=ROOT)[0]
+        found |= run_ranks({"count": ranks}, ranks=ranks, script=__file__)[0]
     if update:
         write_committed(found)
         print(f"wrote {sum(map(len, found.values()))} counts")
@@ -114,42 +114,6 @@ def count_all(ranks: int, rank: int) -> dict[str, dict[str, int]]:
     return found
 
 
-# --- processes ------------------------------------------------------------------------------------
-
-
-def run_ranks(job: Mapping[str, Any], *, ranks: int, checkout: Path) -> list[dict[str, Any]]:
-    """Do a job in so many fresh processes of a checkout; returns what each found."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
-        children = []
-        for rank, output in enumerate(outputs):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1" if job.get("device") != "cuda" else "8",
-                "PYTHONPATH": str(checkout),
-                "BENCH_CHECKOUT": str(checkout),
-            }
-            if job.get("device") != "cuda":
-                environment["DS_ACCELERATOR"] = "cpu"
-            text = json.dumps({**job, "output": str(output)})
-            command = [sys.executable, __file__, "--worker", text]
-            with (Path(folder) / f"{rank}.log").open("w") as log:
-                children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        codes = [child.wait() for child in children]
-        if any(codes):
-            logs = "\n".join((Path(folder) / f"{r}.log").read_text()[-2000:] for r in range(ranks))
-            raise SystemExit(f"{dict(job)} ended with {codes}:\n{logs}")
-        return [json.loads(output.read_text()) for output in outputs]
-
-
 def worker(job: dict[str, Any]) -> int:
     """Be one rank of one job."""
     import torch
@@ -163,8 +127,10 @@ def worker(job: dict[str, Any]) -> int:
     if "count" in job:
         found: Any = count_all(job["count"], world.rank)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            found = time_stage(job, world, Path(folder))
+        found = {}
+        for case in job["cases"]:
+            with tempfile.TemporaryDirectory() as folder:
+                found[case["name"]] = time_stage({**job, **case}, world, Path(folder))
     Path(job["output"]).write_text(json.dumps(found))
     distributed.stop()
     return 0
@@ -243,6 +209,7 @@ def time_stage(job: Mapping[str, Any], world: Any, folder: Path) -> dict[str, An
     with counted_traffic() as traffic:
         step(idle)
     loader.close()
+    engine.deepspeed.destroy()
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
@@ -280,17 +247,22 @@ class PeakMemory:
 
 
 def write_2b(folder: Path) -> Path:
-    """Write a config.json of Qwen2-VL-2B's size that fits the shipped tokenizer; no weights."""
+    """Write a folder of Qwen2-VL-2B's size with the shipped tokenizer; its weights are none."""
+    from safetensors.torch import save_file
     from transformers import Qwen2VLConfig
 
     from cocoa_dist.config import ModelConfig, RandomModelConfig
+    from cocoa_dist.inputs import tokenizer_folder
     from cocoa_dist.model.families import SPECIAL_TOKENS
     from cocoa_dist.train.build import special_token_ids
     from launcher.plan.shapes import PUBLISHED
 
     text, vision = PUBLISHED["Qwen2-VL-2B"].text, PUBLISHED["Qwen2-VL-2B"].vision
-    ids = special_token_ids(ModelConfig(random=RandomModelConfig(), tokenizer="asset:tokenizer"))
+    shipped = ModelConfig(random=RandomModelConfig(), tokenizer="asset:tokenizer")
+    ids = special_token_ids(shipped)
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tokenizer_folder(shipped) / "tokenizer.json", folder)
+    save_file({}, folder / "model.safetensors")
     Qwen2VLConfig(
         text_config={
             "vocab_size": text.vocabulary,
@@ -340,28 +312,48 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.against:
         checkouts = {"before": arguments.against.resolve(), **checkouts}
     stages = arguments.stage or list(load_recipe(arguments.recipe, arguments.overrides).stages)
-    runs: dict[str, list[dict[str, Any]]] = {}
+    cases = [
+        {
+            "name": ", ".join(part for part in (stage, size) if part),
+            "stage": stage,
+            "overrides": [*overrides, *arguments.overrides],
+        }
+        for stage in stages
+        for size, overrides in sizes_of(arguments, stage)
+    ]
+    job = {
+        "recipe": arguments.recipe,
+        "device": arguments.device,
+        "steps": arguments.steps,
+        "cases": cases,
+    }
+    runs: dict[str, list[dict[str, Any]]] = {
+        ", ".join(part for part in (case["name"], label) if part): []
+        for case in cases
+        for label in checkouts
+    }
     for repeat in range(arguments.repeats):
-        for stage in stages:
-            for size, overrides in sizes_of(arguments, stage):
-                for label, checkout in checkouts.items():
-                    job = {
-                        "recipe": arguments.recipe,
-                        "stage": stage,
-                        "overrides": [*overrides, *arguments.overrides],
-                        "device": arguments.device,
-                        "steps": arguments.steps,
-                    }
-                    name = ", ".join(part for part in (stage, size, label) if part)
-                    runs.setdefault(name, []).append(
-                        together(run_ranks(job, ranks=ranks, checkout=checkout))
-                    )
-                    print(f"{repeat + 1}: {name} {runs[name][-1]['seconds']:.3f} s", flush=True)
-    text = report(runs, arguments, ranks=ranks)
+        for label, checkout in checkouts.items():
+            found = run_ranks(job, ranks=ranks, script=__file__, checkout=checkout)
+            for case in cases:
+                name = ", ".join(part for part in (case["name"], label) if part)
+                runs[name].append(together([rank[case["name"]] for rank in found]))
+                print(f"{repeat + 1}: {name} {runs[name][-1]['seconds']:.3f} s", flush=True)
+    settings = {
+        "recipe": " ".join([arguments.recipe, *arguments.overrides]),
+        "device": arguments.device,
+        "ranks": ranks,
+        "steps": arguments.steps,
+        "repeats": arguments.repeats,
+        "against": bool(arguments.against),
+        "machine": machine(arguments.device),
+    }
+    text = report(runs, settings)
     print(text)
     if arguments.out:
+        found = {"settings": settings, "runs": runs}
         arguments.out.with_suffix(".md").write_text(text + "\n")
-        arguments.out.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+        arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -408,9 +400,7 @@ def together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report(
-    runs: Mapping[str, list[dict[str, Any]]], arguments: argparse.Namespace, *, ranks: int
-) -> str:
+def report(runs: Mapping[str, list[dict[str, Any]]], settings: Mapping[str, Any]) -> str:
     """Write the tables, medians over the repeats."""
 
     def median(name: str, *keys: str) -> float:
@@ -422,16 +412,19 @@ def report(
             values.append(value)
         return statistics.median(values)
 
-    kind = "wall" if arguments.device == "cuda" else "cpu"
+    kind = "wall" if settings["device"] == "cuda" else "cpu"
     what = "wall ms of a rank" if kind == "wall" else "CPU ms of all ranks"
     lines = [
-        f"# A step of {arguments.recipe} on {arguments.device}",
+        f"# Where a step's time goes, {settings['device']}",
         "",
-        f"`python tools/bench_step.py {' '.join([arguments.recipe, *arguments.overrides])} "
-        f"--device {arguments.device} --nproc {ranks} --steps {arguments.steps} --repeats "
-        f"{arguments.repeats}{' --against OTHER_CHECKOUT' if arguments.against else ''}`; "
-        f"{machine(arguments.device)}. Medians over repeats; checkouts take turns. Wall times of "
-        "a shared machine vary; CPU times less.",
+        f"`python tools/bench_step.py {settings['recipe']} --device {settings['device']} --nproc "
+        f"{settings['ranks']} --steps {settings['steps']} --repeats {settings['repeats']}"
+        f"{' --against OTHER_CHECKOUT' if settings['against'] else ''}`; {settings['machine']}. "
+        "Medians over repeats; checkouts take turns. Wall times of a shared machine vary; CPU "
+        "times, which are of all ranks, less. GFLOP: what the model needs, all ranks, as each "
+        "checkout counts it. Slowest "
+        "step: over the median, worst of a run, median over repeats. Peak: of the process, which "
+        "does all stages one after the other.",
         "",
         "| step | tokens | packs a rank | wall ms | CPU ms | tokens / s | tokens / CPU s | GFLOP "
         "| MFU | slowest step | peak MiB | sent MiB a rank | collectives |",

@@ -94,7 +94,8 @@ def watched(engine: Any, watch: Stopwatch) -> Iterator[None]:
     with ExitStack() as stack:
         watch.around(stack, model.core.visual, "forward", "vision")
         watch.around(stack, model.core.language_model, "forward", "text")
-        for head in ("_logits", "_patches", "_pooled"):
+        watch.around(stack, model.backbone.get_output_embeddings(), "forward", "head")
+        for head in ("_patches", "_pooled"):
             watch.around(stack, model, head, "head")
         watch.around(stack, engine.objective, "sums", "loss")
         watch.around(stack, engine, "_backward_once", "backward")

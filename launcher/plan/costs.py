@@ -15,7 +15,9 @@ from cocoa_dist.config import (
     StageDataConfig,
 )
 from launcher.plan.hardware import GIB, Cluster
+from launcher.plan.parameters import extra_parameters, trainable_parameters
 from launcher.plan.shapes import ModelShape, TextShape, VisionShape
+from launcher.plan.traffic import caches_gradients, step_traffic
 
 _BACKWARD_FULL = 2.0  # FLOPs of a backward pass, in forward passes: inputs and weights
 _BACKWARD_FROZEN = 1.0  # inputs alone; an adapter's own share is below one per cent
@@ -113,12 +115,9 @@ def stage_cost(
     forward = forward_flops(stage, shape=shape, workload=workload)
     passes, model_passes = _passes(config, stage, packs=packs)
     trainable = trainable_parameters(stage, shape=shape)
-    gathers = 2 + (1 if _caches_gradients(stage, packs) else 0)
-    width = 2 if config.model.dtype == "bfloat16" else 4
-    full_bytes = width * (shape.parameters + _extra(stage, shape))
-    gathered = full_bytes if resident else gathers * packs * full_bytes
-    reduced = width * trainable * (packs if config.engine.reduction == "boundary" else 1)
-    ring = (cluster.gpus - 1) / cluster.gpus
+    traffic = step_traffic(
+        config, name, shape=shape, packs=packs, cards=cluster.gpus, resident=resident
+    )
     hardware = stage.batch_size * passes.applied(forward)
     return StageCost(
         name=name,
@@ -128,12 +127,12 @@ def stage_cost(
         trainable=trainable,
         model_flops=stage.batch_size * model_passes.applied(forward),
         hardware_flops=hardware,
-        gathered_bytes=(gathered + reduced) * ring,
+        gathered_bytes=traffic.sent,
         memory=memory_parts(
             config, stage, shape=shape, cluster=cluster, resident=resident, per_card=per_card
         ),
         compute_seconds=hardware / (cluster.gpus * cluster.card.peak_flops * cluster.compute_share),
-        network_seconds=(gathered + reduced) * ring / cluster.bus_bytes,
+        network_seconds=traffic.sent / cluster.bus_bytes,
         checkpoint_bytes=12.0 * trainable,  # frozen weights are not written again
     )
 
@@ -180,17 +179,6 @@ def vision_flops(vision: VisionShape, image_tokens: int) -> float:
     return linear + attention + patch + 2.0 * vision.merger_parameters * image_tokens
 
 
-def trainable_parameters(stage: StageConfig, *, shape: ModelShape) -> int:
-    """Parameters of a stage that the optimizer holds."""
-    if stage.adapter is not None:
-        with_vision = not stage.freeze_vision
-        return shape.adapter_parameters(stage.adapter, with_vision=with_vision) + _extra(
-            stage, shape
-        )
-    frozen = shape.vision.parameters if stage.freeze_vision else 0
-    return shape.parameters - frozen + _extra(stage, shape)
-
-
 def memory_parts(
     config: RunConfig,
     stage: StageConfig,
@@ -202,7 +190,7 @@ def memory_parts(
 ) -> dict[str, float]:
     """Bytes of one card by part, at the moment of the largest pack's backward pass."""
     width = 2 if config.model.dtype == "bfloat16" else 4
-    total = shape.parameters + _extra(stage, shape)
+    total = shape.parameters + extra_parameters(stage, shape)
     trainable, cards = trainable_parameters(stage, shape=shape), cluster.gpus
     largest = max(shape.text.embedding_parameters, shape.text.layer_parameters)
     tokens = min(config.data.tokens_per_pack, per_card)
@@ -317,26 +305,8 @@ def _passes(config: RunConfig, stage: StageConfig, *, packs: int) -> tuple[_Pass
     text = 1.0 + (_BACKWARD_FROZEN if adapted else _BACKWARD_FULL)
     vision = 1.0 if stage.freeze_vision else text
     again = 1.0 if config.model.checkpoint_activations else 0.0
-    again += 1.0 if _caches_gradients(stage, packs) else 0.0
+    again += 1.0 if caches_gradients(stage, packs) else 0.0
     guide = 1.0 if stage.guide is not None else 0.0
     seen = vision + (0.0 if stage.freeze_vision else again)
     redone = _Passes(text + again + guide, seen + guide)
     return redone, _Passes(text, vision)
-
-
-def _caches_gradients(stage: StageConfig, packs: int) -> bool:
-    objective = stage.objective
-    return isinstance(objective, ContrastiveConfig) and (
-        objective.grad_cache.mode == "always"
-        or (objective.grad_cache.mode == "auto" and packs > objective.grad_cache.packs)
-    )
-
-
-def _extra(stage: StageConfig, shape: ModelShape) -> int:
-    """Parameters a stage has beside the backbone's: patch decoder, learnt tokens, learnt mask."""
-    objective, learnt = stage.objective, shape.learnt_tokens
-    if not isinstance(objective, ReconstructionConfig):
-        return learnt * shape.text.width
-    learnt += objective.mask_replacement == "learned"
-    decoder = shape.decoder_parameters if objective.image_mask_ratio > 0 else 0
-    return decoder + learnt * shape.text.width
