@@ -25,12 +25,22 @@ def run(job: dict, world: distributed.World) -> dict[str, int]:
 
 
 def all_logits() -> None:
-    """Logits of every row, of which the loss reads some."""
+    """Logits of as many rows again, which no loss reads."""
+    from transformers import Qwen2VLForConditionalGeneration
 
-    def logits(self, hidden_TD, batch):
-        return self.backbone.get_output_embeddings()(hidden_TD).index_select(0, batch.label_rows)
+    forward, head_of = EmbeddingModel.forward, Qwen2VLForConditionalGeneration.get_output_embeddings
 
-    EmbeddingModel._logits = logits
+    def spoilt(self, batch):
+        def twice(rows_SD):
+            return head_of(self.backbone)(F.pad(rows_SD, (0, 0, 0, len(rows_SD))))[: len(rows_SD)]
+
+        self.backbone.get_output_embeddings = lambda: twice
+        try:
+            return forward(self, batch)
+        finally:
+            del self.backbone.get_output_embeddings
+
+    EmbeddingModel.forward = spoilt
 
 
 def padded_rows() -> None:

@@ -29,13 +29,15 @@ def committed(names) -> dict[str, dict[str, int]]:
 def test_steps_do_what_they_did_when_the_counts_were_committed(ranks, tmp_path) -> None:
     names = [case.name for case in CASES if case.ranks == ranks]
     found = launch([job(name) for name in names], world_size=ranks, folder=tmp_path, worker=WORKER)
-    assert differences(committed(names), found) == []
+    lines = differences(committed(names), found)
+    assert not lines, "\n".join(lines)
 
 
 @pytest.mark.slow
 def test_compiled_layers_are_as_few_graphs_as_they_were(tmp_path) -> None:
     found = launch([job(GRAPHS)], world_size=1, folder=tmp_path, worker=WORKER)
-    assert differences(committed([GRAPHS]), found) == []
+    lines = differences(committed([GRAPHS]), found)
+    assert not lines, "\n".join(lines)
 
 
 @pytest.mark.slow
