@@ -117,7 +117,7 @@ def run_rank(options: argparse.Namespace) -> None:
         model=model,
         tokenizer=tokenizer,
         destination=destination,
-        image_settings=arms._image_settings(recipe, embedder),
+        image_settings=arms.image_settings(recipe, embedder),
         bidirectional=True,
         pooling=embedder.stage.pooling,
         prompts={},

@@ -22,7 +22,7 @@ from cocoa_dist.evaluation.rows import (
     read_set,
 )
 from cocoa_dist.evaluation.vector_files import table_for
-from cocoa_dist.export.selftest import refuse_several_vectors
+from cocoa_dist.export.selftest import refuse_old_transformers, refuse_several_vectors
 
 MAX_PIXELS = 100_000_000
 _SPLIT, _SUBSET = "test", "default"
@@ -36,6 +36,7 @@ def as_mteb(path: Path, *, device: str = "cpu") -> Any:
     if not path.is_dir():
         raise ValueError(f"{path} is no folder: expected an exported model")
     _need_mteb()
+    refuse_old_transformers(path)
     refuse_several_vectors(
         path,
         needed_by="this bridge",

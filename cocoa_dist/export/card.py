@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cocoa_dist.export.templates import IMAGE_TOKEN, SEVERAL_VECTORS, ImageSettings, Pooling
-
-# One folder's self-test, run in one release of most versions: 5.1 ignores text_config.is_causal;
-# 5.2 and 5.3 honour it only in batches with padding (without any they build no mask, and SDPA falls
-# back on the layer's own is_causal, which is true). 5.4 to 5.17 load no image processor without
-# torchvision; with it, 5.9 to 5.12 do not find the text model's weights and only warn of that.
-# 5.18 to 5.23 pass without torchvision.
-MINIMUM_TRANSFORMERS = "5.18"
+from cocoa_dist.export.templates import (
+    IMAGE_TOKEN,
+    MINIMUM_TRANSFORMERS,
+    SEVERAL_VECTORS,
+    ImageSettings,
+    Pooling,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class CardInfo:
     licence: str  # an identifier such as apache-2.0
     compute: str
     scores: Sequence[Mapping[str, str | float]] = field(default_factory=tuple)  # rows of one table
+    warnings: Sequence[str] = ()  # what a reader has to know first
 
     def __post_init__(self) -> None:
         for row in self.scores:
@@ -79,12 +79,14 @@ def model_card(info: CardInfo, facts: CardFacts) -> str:
     sections = [
         _front_matter(info, facts),
         f"# {info.name}\n\nText, pictures, and pictures with text become {become}",
+        *(f"> **Note.** {text}" for text in info.warnings),
         _usage(facts),
         _instructions(facts),
         _plain_usage(facts),
         _requirements(facts),
         _lineage(info),
         _details(facts),
+        _serving(facts),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -116,9 +118,8 @@ Needs {needs} and `pillow`; no torchvision, no `trust_remote_code`.
 from PIL import Image
 from sentence_transformers import {kind}
 model = {kind}("path/to/this/folder")
-picture = Image.open("picture.png")
-both = {{"image": picture, "text": "an octopus"}}
-vectors = model.encode([{{"text": "an octopus"}}, {{"image": picture}}, both])
+both = {{"text": "an octopus", "image": Image.open("picture.png")}}
+vectors = model.encode([{{"text": "an octopus"}}, {{"image": both["image"]}}, both])
 ```
 
 A bare string or picture works too, but a string that names an existing picture file, or is the
@@ -204,6 +205,7 @@ def _requirements(facts: CardFacts) -> str:
   weights with only a warning (5.9 to 5.12), or run a bidirectional model causally: 5.1 always, 5.2
   and 5.3 **without a word** for every batch without padding. If in doubt, check `selftest.json`.
 - The text model attends {direction}.
+- vLLM and sglang were **not tried**, see the last section.
 
 `selftest.json` lists inputs (`text`, `image`: a file of this folder, `instruction`) and their
 vectors from training; every value should agree within 1e-4 in float32."""
@@ -253,6 +255,34 @@ def _details(facts: CardFacts) -> str:
 - Pictures: {settings.min_pixels} to {settings.max_pixels} pixels after resizing, patches of
   {settings.patch_size} pixels.
 - Training resized pictures with torch; Pillow's bicubic differs: {resizing}."""
+
+
+def _serving(facts: CardFacts) -> str:
+    pooling = {"last": "LAST", "mean": "MEAN"}.get(facts.pooling)
+    if pooling is None:
+        return """## vLLM and sglang
+
+Neither pools the tokens of this model: use sentence-transformers."""
+    causal = ""
+    if facts.bidirectional:
+        causal = (
+            " The config's `is_causal: false` has to reach the text model inside the server; where "
+            "it does not, vectors of long texts differ most."
+        )
+    return f"""## vLLM and sglang (untested)
+
+Settings that follow from what this folder is; **nobody has run them**. Compare the server's vectors
+with `selftest.json` before using them.{causal}
+
+```
+vllm serve FOLDER --runner pooling --convert embed \\
+  --pooler-config '{{"pooling_type": "{pooling}"}}' --chat-template FOLDER/chat_template.jinja
+python -m sglang.launch_server --model-path FOLDER --is-embedding \\
+  --chat-template FOLDER/chat_template.jinja
+```
+
+Send inputs as messages (picture first), not as bare texts, and see that the tokenizer's own EOS is
+the last token: servers that add no special tokens leave it out."""
 
 
 def _table(rows: Sequence[Mapping[str, object]]) -> str:

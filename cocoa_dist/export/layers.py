@@ -149,6 +149,8 @@ def _visit(layer: Layer, weights: LayerWeights) -> tuple[Callable[..., None], Ca
         open_.append(stack)
 
     def after(*_: Any) -> None:
+        if not open_:  # the layer could not be had, which is an error of its own
+            return
         for name, (module, attribute) in owners.items():
             module._parameters[attribute] = layer.parameters[name]
         open_.pop().close()

@@ -6,6 +6,7 @@ agree, tokens, pictures, attention, pooling and weights all survived the export.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from cocoa_dist.export.templates import SEVERAL_VECTORS, ImageSettings
+from cocoa_dist.export.templates import MINIMUM_TRANSFORMERS, SEVERAL_VECTORS, ImageSettings
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -148,6 +150,7 @@ def load_encoder(path: Path, *, layer_by_layer: bool = False) -> "Encoder":
 
 def encoder_class(path: Path) -> Any:
     """Return the class of sentence-transformers that loads a folder. ValueError if it has none."""
+    refuse_old_transformers(path)
     # Here and not at the top: exporting without verification works without the extra `export`.
     import sentence_transformers
 
@@ -159,6 +162,25 @@ def encoder_class(path: Path) -> Any:
             f"{sentence_transformers.__version__} has none: install 6.2 or newer"
         )
     return found
+
+
+def refuse_old_transformers(path: Path) -> None:
+    """Raise ValueError where this environment's transformers would run the folder as another model.
+
+    Versions before 5.4 make a bidirectional model causal, some for a part of its inputs and without
+    a word; later ones miss weights with a warning. See templates.MINIMUM_TRANSFORMERS.
+    """
+    numbers = [int(part) for part in re.findall(r"\d+", transformers.__version__)[:2]]
+    if numbers >= [int(part) for part in MINIMUM_TRANSFORMERS.split(".")]:
+        return
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    direction = "causal"
+    if config.get("text_config", {}).get("is_causal", True) is False:
+        direction = "bidirectional, which older versions ignore in silence"
+    raise ValueError(
+        f"{path} needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
+        f"its text model is {direction}; install a newer transformers"
+    )
 
 
 def has_several_vectors(path: Path) -> bool:

@@ -47,6 +47,12 @@ CHAT_TEMPLATE = (
 
 _TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
 _NORMALIZE = "sentence_transformers.base.modules.normalize.Normalize"
+# One folder's self-test, run in one release of most versions: 5.1 ignores text_config.is_causal;
+# 5.2 and 5.3 honour it only in batches with padding (without any they build no mask, and SDPA falls
+# back on the layer's own is_causal, which is true). 5.4 to 5.17 load no image processor without
+# torchvision; with it, 5.9 to 5.12 do not find the text model's weights and only warn of that.
+# 5.18 to 5.23 pass without torchvision.
+MINIMUM_TRANSFORMERS = "5.18"
 WEIGHTS_FOLDER = "1_Weights"
 MASK_FOLDER = "1_Mask"
 

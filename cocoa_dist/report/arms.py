@@ -142,8 +142,8 @@ def export_arm(
         model=embedder.model.backbone,
         tokenizer=export_tokenizer(config.model),
         destination=staging,
-        image_settings=_image_settings(config, embedder),
-        bidirectional=embedder.stage.attention.rule in _TWO_WAY_RULES,
+        image_settings=image_settings(config, embedder),
+        bidirectional=is_two_way(embedder),
         pooling=embedder.stage.pooling,
         prompts=config.export.prompts,
         card=card_info(run, scores=scores),
@@ -242,7 +242,7 @@ def card_info(run: RunFacts, *, scores: Sequence[Mapping[str, str | float]]) -> 
                 steps=stage.manifest.step,
                 note=f"{config.stages[stage.name].attention.rule} attention, "
                 f"{stage.manifest.samples} samples, {stage.manifest.tokens} tokens"
-                + _best_note(stage.manifest),
+                f"{_best_note(stage.manifest)}{_how_far(stage.manifest)}",
             )
             for stage in run.stages
         ],
@@ -250,6 +250,7 @@ def card_info(run: RunFacts, *, scores: Sequence[Mapping[str, str | float]]) -> 
         licence=config.export.licence or "other",
         compute=f"{run.train_cpu_seconds:.0f} s of CPU time inside training steps",
         scores=scores,
+        warnings=_unfinished(run),
     )
 
 
@@ -261,7 +262,34 @@ def _best_note(manifest: Manifest) -> str:
     return f"; of {manifest.target_step} steps the best by {best.measure}, {best.value:.4g}"
 
 
-def _image_settings(config: RunConfig, embedder: Embedder) -> ImageSettings:
+def _how_far(manifest: Manifest) -> str:
+    if manifest.complete or manifest.best is not None:
+        return ""
+    return f", **unfinished**: {manifest.step} of {manifest.target_step} steps"
+
+
+def _unfinished(run: RunFacts) -> list[str]:
+    """Return what a card has to say first of a model whose training has not come to its end."""
+    last, names = run.stages[-1], list(run.config.stages)
+    missing = names[1 + names.index(last.name) :]
+    found = []
+    if _how_far(last.manifest):
+        found.append(
+            f"Stage `{last.name}` is not finished: this is a checkpoint at step "
+            f"{last.manifest.step} of {last.manifest.target_step}."
+        )
+    if missing:
+        found.append(f"Not trained in: {', '.join(f'`{name}`' for name in missing)}.")
+    return found
+
+
+def is_two_way(embedder: Embedder) -> bool:
+    """Say whether the tokens of an input see what stands behind them."""
+    return embedder.stage.attention.rule in _TWO_WAY_RULES
+
+
+def image_settings(config: RunConfig, embedder: Embedder) -> ImageSettings:
+    """Return how training makes patches of pictures, for an export."""
     return ImageSettings(
         patch_size=embedder.geometry.patch_size,
         min_pixels=config.data.image.min_pixels,

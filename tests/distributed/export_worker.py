@@ -45,7 +45,7 @@ def run(fields: dict, world: distributed.World, folder: Path) -> dict[str, objec
         "max_text_tokens": config.data.max_text_tokens,
     }
     embedder = load_embedder(config, run_dir=None, after_stage="model", weights=False)
-    arguments["image_settings"] = arms._image_settings(config, embedder)
+    arguments["image_settings"] = arms.image_settings(config, embedder)
     if job.name.startswith("full disk"):
         return {"error": no_space(backbone, arguments, folder / job.name, world)}
     destination = folder / job.name

@@ -174,7 +174,7 @@ def test_an_exported_folder_embeds_with_the_new_tokens_as_training_did(dora, tmp
         model=embedder.model.backbone,
         tokenizer=tokenizer,
         destination=tmp_path / "export",
-        image_settings=arms._image_settings(dora.config, embedder),
+        image_settings=arms.image_settings(dora.config, embedder),
         bidirectional=True,
         pooling="last",
         prompts={},

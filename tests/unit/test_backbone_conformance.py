@@ -33,8 +33,8 @@ from cocoa_dist.export.folder import SUPPORTED_MODELS
 from cocoa_dist.model import families
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.report.arms import (
-    _image_settings,
     export_tokenizer,
+    image_settings,
     read_held_out,
     self_test_vectors,
 )
@@ -173,7 +173,7 @@ def test_an_exported_folder_gives_the_vectors_of_training_or_is_refused(name, tm
         "model": embedder.model.backbone,
         "tokenizer": export_tokenizer(config.model),
         "destination": tmp_path / "out",
-        "image_settings": _image_settings(config, embedder),
+        "image_settings": image_settings(config, embedder),
         "bidirectional": True,
         "pooling": embedder.stage.pooling,
         "prompts": {},

@@ -18,8 +18,8 @@ from cocoa_dist.export.selftest import encoder_class
 from cocoa_dist.mining.vectors import ExportedModel
 from cocoa_dist.model.learnt import HiddenPatch, LearntTokens
 from cocoa_dist.report.arms import (
-    _image_settings,
     export_tokenizer,
+    image_settings,
     read_held_out,
     self_test_vectors,
 )
@@ -221,7 +221,7 @@ def test_the_exported_folder_gives_the_vectors_of_training(overrides, pooling, t
         model=embedder.model.backbone,
         tokenizer=export_tokenizer(config.model),
         destination=tmp_path / "model",
-        image_settings=_image_settings(config, embedder),
+        image_settings=image_settings(config, embedder),
         bidirectional=False,
         pooling=pooling,
         prompts={},

@@ -140,6 +140,24 @@ def test_a_failing_forward_leaves_no_weights_behind(tmp_path) -> None:
     assert all(p is before[name] for name, p in model.named_parameters())
 
 
+def test_a_layer_that_cannot_be_read_is_one_error_and_no_warning() -> None:
+    embedder = embedder_of("qwen2_vl")
+
+    class Broken(ModelWeights):
+        @contextmanager
+        def layer(self, layer):
+            if layer.name.endswith("layers.1"):
+                raise ValueError("the disk is gone")
+            with super().layer(layer) as tensors:
+                yield tensors
+
+    with (
+        weights_on_demand(embedder.model.backbone, Broken()),
+        pytest.raises(ValueError, match="the disk is gone"),
+    ):
+        embedder.embed([Item(text="a")])
+
+
 def test_learnt_rows_take_their_place_in_the_embedding(tmp_path) -> None:
     model = embedder_of("qwen2_vl").model.backbone
     name = "model.language_model.embed_tokens.weight"

@@ -17,7 +17,7 @@ from cocoa_dist.model.backbone import load_backbone
 from cocoa_dist.model.embedder import EmbeddingModel
 from cocoa_dist.model.families import FAMILIES
 from cocoa_dist.model.heads import HeadsConfig
-from cocoa_dist.report.arms import _image_settings, export_tokenizer, self_test_vectors
+from cocoa_dist.report.arms import export_tokenizer, image_settings, self_test_vectors
 from cocoa_dist.train.build import special_token_ids
 from cocoa_dist.train.evaluate import load_embedder
 
@@ -102,7 +102,7 @@ def export(embedder, config, destination, *, bidirectional=True):
         model=embedder.model.backbone,
         tokenizer=export_tokenizer(config.model),
         destination=destination,
-        image_settings=_image_settings(config, embedder),
+        image_settings=image_settings(config, embedder),
         bidirectional=bidirectional,
         pooling=embedder.stage.pooling,
         bridge=bridge_tokens(config.model),
