@@ -7,7 +7,7 @@ Makes three virtual environments with pip, none of which knows this project: tra
 sentence-transformers alone, and mteb, which runs a mock task of its own as well. To save minutes
 all three see one installed torch (a .pth file); what else each has is its own. Versions are those
 that pip chooses; `--with` asks for others, as in --with transformers==5.18. COCOA_TORCH_INDEX, as
-in tools/setup_env.sh, names an index of CPU builds of torch. Exit 1 if a check fails, 2 if pip does.
+in tools/setup_env.sh, names an index of CPU builds of torch. Exit 1: a check failed; 2: pip did.
 """
 
 import argparse
