@@ -124,7 +124,7 @@ class EmbeddingModel(nn.Module):
             else None,
             patches_RC=self._patches(hidden, batch) if self.heads.patch_values else None,
             embeddings_ED=self._pooled(pooled_LD, batch) if self.heads.embeddings else None,
-            bridges_BKD=bridges_ND.detach().view(*batch.bridge_rows.shape, -1)
+            bridges_BKD=bridges_ND.detach().unflatten(0, tuple(batch.bridge_rows.shape))
             if batch.bridge_rows.shape[1] > 1
             else None,
             similarity=self.similarity() if self.heads.similarity is not None else None,

@@ -94,8 +94,10 @@ def test_features_behind_the_last_layer_keep_all_of_its_rows(vocabulary):
     assert len(embeddings) == pack.num_embeddings
 
 
-def test_a_pack_that_nobody_reads_has_a_gradient_of_zero_everywhere(vocabulary):
-    """Ranks with an empty pack run all collectives of the others."""
+@pytest.mark.parametrize("bridge", [1, 3])
+def test_a_pack_that_nobody_reads_has_a_gradient_of_zero_everywhere(bridge):
+    """Ranks with an empty pack run all collectives of the others; it has no bridge to measure."""
+    vocabulary = load_vocabulary(model_config("qwen2_vl", num_bridge_tokens=bridge))
     backbone = make_backbone(vocabulary, "qwen2_vl")
     model = EmbeddingModel(backbone, READS["embeddings"])
     pack = build_pack(
