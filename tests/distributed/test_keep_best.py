@@ -74,7 +74,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(undisturbed, tmp_path) -> None:
 def test_a_killed_run_keeps_its_best_and_goes_on_to_the_same(undisturbed, tmp_path) -> None:
     # The save at step 6 has waited for the one at step 3, and is not committed when step 7 hangs.
     killed = start(tmp_path / "run", STAGE, *SETTINGS, SCORES=SCORES, FAULTS="sleep:1:7")
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while [record["step"] for record in killed.records()] != [1, 2, 3, 4, 5, 6]:
         assert time.monotonic() < deadline, killed.log(0)[-2000:]
         time.sleep(0.05)
