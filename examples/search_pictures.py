@@ -95,7 +95,16 @@ class Searcher:
 
 
 def load_model(name: str) -> Any:
-    """Load a model. Raises ValueError if it is none that reads texts and pictures."""
+    """Load a model. Raises ValueError if it is none that reads texts and pictures.
+
+    Nor may it give several vectors each: they would be averaged, which nobody has trained.
+    """
+    settings = Path(name, "config_sentence_transformers.json")
+    if settings.is_file() and "MultiVectorEncoder" in settings.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{name} gives several vectors for each input, for late interaction, and the index "
+            "holds one each: take a model of single vectors"
+        )
     from sentence_transformers import SentenceTransformer
 
     try:

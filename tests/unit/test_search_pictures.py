@@ -27,6 +27,7 @@ from PIL import Image
 from tiny_exports import tiny_export
 
 from cocoa_dist.data.shards import ShardReader
+from cocoa_dist.export.templates import sentence_transformers_config
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "search_pictures.py"
@@ -130,6 +131,14 @@ def test_a_model_that_is_none_is_refused_by_name(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_model_of_several_vectors_is_refused(tmp_path):
+    """sentence-transformers would load it all the same, with the mean of all tokens."""
+    written = sentence_transformers_config({}, pooling="late_interaction")
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="several vectors for each input"):
+        example().load_model(str(tmp_path))
+
+
 def test_unreadable_pictures_are_named_and_left_out(index, pictures):
     listing = json.loads((index / "index.json").read_text())
     if "COCOA_SEARCH_PICTURES" not in os.environ:
