@@ -98,11 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.model / "modules.json").is_file():
         print(f"error: {options.model} is no exported model: no modules.json", file=sys.stderr)
         return 2
+    settings = options.model / "config_sentence_transformers.json"
+    if settings.is_file() and "MultiVectorEncoder" in settings.read_text(encoding="utf-8"):
+        print(
+            f"error: {options.model} gives several vectors for each text, for late interaction: "
+            "only models of single vectors are written",
+            file=sys.stderr,
+        )
+        return 2
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(options.model), device="cpu", local_files_only=True)
     write(model, options.out)
-    difference = largest_difference(model, options.out)
+    try:
+        difference = largest_difference(model, options.out)
+    except BaseException:  # what nobody has compared does not stay
+        options.out.unlink()
+        raise
     if not difference <= TOLERANCE:
         options.out.unlink()
         print(

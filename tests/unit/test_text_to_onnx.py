@@ -1,13 +1,17 @@
 """The text side of an exported model as ONNX: it gives the model's vectors, or is not there."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_exports import tiny_export
+
+from cocoa_dist.export.templates import sentence_transformers_config
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "text_to_onnx.py"
@@ -42,6 +46,31 @@ def written(folder, tmp_path_factory) -> Path:
 def test_what_is_no_exported_model_is_refused(tmp_path, capsys):
     assert example().main([str(tmp_path), str(tmp_path / "text.onnx")]) == 2
     assert f"{tmp_path} is no exported model" in capsys.readouterr().err
+
+
+def test_a_model_of_several_vectors_is_refused(tmp_path, capsys):
+    """sentence-transformers would load it all the same, with the mean of all tokens."""
+    (tmp_path / "modules.json").write_text("[]")
+    settings = sentence_transformers_config({}, pooling="late_interaction")
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    assert example().main([str(tmp_path), str(tmp_path / "text.onnx")]) == 2
+    assert "gives several vectors for each text" in capsys.readouterr().err
+
+
+def test_a_file_that_could_not_be_compared_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "modules.json").write_text("[]")
+    library = SimpleNamespace(SentenceTransformer=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    module, file = example(), tmp_path / "text.onnx"
+    monkeypatch.setattr(module, "write", lambda model, file: file.write_bytes(b"x"))
+
+    def compare(model, file):
+        raise ImportError("no onnxruntime")
+
+    monkeypatch.setattr(module, "largest_difference", compare)
+    with pytest.raises(ImportError, match="no onnxruntime"):
+        module.main([str(tmp_path), str(file)])
+    assert not file.exists()
 
 
 @pytest.mark.slow
