@@ -35,6 +35,7 @@ def page(figures: dict[str, Any]) -> str:
     ]
     for case, turns in figures["turns"].items():
         lines += ["", *_case(case, turns, figures)]
+    lines += ["", *figures.get("notes", [])]
     lines += ["", "## Targets", "", *verdicts(figures), ""]
     if figures["why"]:
         lines += ["## What did not run", ""]
