@@ -24,6 +24,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Keep together what shares fixtures, and skip tests marked `gpu` where there is none."""
     for item in items:
