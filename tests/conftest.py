@@ -5,12 +5,9 @@ Markers and the treatment of warnings are in pyproject.toml.
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from unittest import mock
 
 import pytest
-
-TESTS = Path(__file__).parent
 
 # Before any test imports torch; child processes inherit them. Set by the caller, they stay.
 for _name, _value in {
@@ -24,21 +21,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Keep together what shares fixtures, and skip tests marked `gpu` where there is none."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
-    _skip_without_gpu(items)
-
-
-def _group(file: Path) -> str:
-    """Return what one process of pytest runs, side by side with others (--dist loadgroup)."""
-    folder = file.relative_to(TESTS).parts[0]
-    return folder if folder == "slurm" else str(file.relative_to(TESTS))  # they share two clusters
-
-
-def _skip_without_gpu(items: Sequence[pytest.Item]) -> None:
     """Skip tests marked `gpu` where no CUDA device is; torch is imported only if there are any."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:

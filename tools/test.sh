@@ -104,15 +104,41 @@ if ((${#failed[@]})); then
     printf '\n%d checks FAILED: %s. The tests follow.\n\n' "${#failed[@]}" "${failed[*]}"
 fi
 
-# Files of tests side by side, as many as there are cores; those of tests/slurm after one another.
-side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder)
-status=0
+# Exit code 5, no tests, counts only if all runs say so: a pattern may be of one of them alone.
+status=5
+take_code() {
+    if ((status == 5 || (status == 0 && $1 != 5))); then
+        status=$1
+    fi
+}
+
+# Those of SLURM mostly wait, so they run beside all others; one process, for they share clusters.
+run_beside_slurm() {
+    local log code=0 slurm_code=0
+    log=$(mktemp)
+    python -m pytest tests/slurm "$@" >"$log" 2>&1 </dev/null &
+    slurm=$!
+    trap 'kill "$slurm" 2>/dev/null || true' EXIT
+    python -m pytest "${side_by_side[@]}" tests --ignore=tests/slurm "$@" || code=$?
+    printf '\nthe tests of SLURM, which ran beside the others\n'
+    wait "$slurm" || slurm_code=$?
+    trap - EXIT
+    cat -- "$log"
+    rm -f -- "$log"
+    take_code "$code"
+    take_code "$slurm_code"
+}
+
+# Files of tests side by side, as many as there are cores.
+side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 if ((fast)); then
+    status=0
     python -m pytest "${side_by_side[@]}" tests/unit -m "not slow and not gpu" "$@" || status=$?
 elif [[ $# -gt 0 && -e ${1%%::*} ]]; then # files or folders of choice
+    status=0
     python -m pytest "$@" || status=$?
 else
-    python -m pytest "${side_by_side[@]}" tests "$@" || status=$?
+    run_beside_slurm "$@"
 fi
 if ((status == 0 && ${#failed[@]})); then
     status=1
