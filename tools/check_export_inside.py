@@ -39,7 +39,11 @@ def of_transformers(folder: Path, entry: dict[str, Any], parts: Any) -> Any:
     if entry["instruction"] is not None:
         messages.insert(0, {"role": "system", "content": entry["instruction"]})
     batch = processor.apply_chat_template(
-        [messages], tokenize=True, return_dict=True, return_tensors="pt"
+        [messages],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"truncation": True},  # sentence-transformers cuts by itself
     )
     with torch.no_grad():
         hidden_TD = model(**batch, use_cache=False).last_hidden_state[0].float()

@@ -184,7 +184,7 @@ batch = processor.apply_chat_template(
     tokenize=True,
     return_dict=True,
     return_tensors="pt",
-    processor_kwargs={{"padding": True}},
+    processor_kwargs={{"padding": True, "truncation": True}},
 )
 with torch.no_grad():
     hidden = model(**batch, use_cache=False).last_hidden_state
