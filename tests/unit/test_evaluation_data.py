@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from small_rows import WORDS, noise, rows_of_pictures, rows_of_texts, write_rows
 from tiny_exports import MAX_TEXT_TOKENS, collapse, tiny_export
 
 from cocoa_dist.evaluation import embed as embed_module
@@ -25,7 +26,6 @@ from cocoa_dist.evaluation.scores import score_set
 from cocoa_dist.evaluation.sets import SetInfo
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "cat dog boat tree house moon star fish bird leaf".split()
 
 
 @pytest.fixture(scope="module")
@@ -46,41 +46,6 @@ def collapsed(tmp_path_factory) -> Path:
     return tiny_export(tmp_path_factory.mktemp("export") / "collapsed", change=collapse)
 
 
-def noise(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def rotated(right: int, count: int) -> list[int]:
-    return [(right + step) % count for step in range(count)]
-
-
-def rows_of_texts(count: int = 10) -> list[dict]:
-    """Pictures asked for their names."""
-    return [
-        {
-            "qry_text": "<|image_1|>\nIdentify the object shown in the image\n",
-            "qry_img_path": f"noise/{right}.png",
-            "tgt_text": [WORDS[i] for i in rotated(right, count)],
-            "tgt_img_path": [""] * count,
-        }
-        for right in range(count)
-    ]
-
-
-def rows_of_pictures(count: int = 10) -> list[dict]:
-    """Candidates that share texts, and pictures with other texts: both are needed to tell them."""
-    return [
-        {
-            "qry_text": f"Find: {WORDS[right]}\n",
-            "qry_img_path": "",
-            "tgt_text": [f"<|image_1|>\npart {i % 2}\n" for i in rotated(right, count)],
-            "tgt_img_path": [f"noise/{i // 2}.png" for i in rotated(right, count)],
-        }
-        for right in range(count)
-    ]
-
-
 @pytest.fixture
 def data(tmp_path) -> Path:
     """One set as published, in Parquet below a folder, one as JSON lines."""
@@ -93,10 +58,6 @@ def data(tmp_path) -> Path:
     pq.write_table(table, folder / "VOC2007" / "test-00000-of-00001.parquet")
     write_rows(folder / "OVEN.jsonl", rows_of_pictures())
     return folder
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(data: Path, model: Path, *, progress=lambda done, total: None, embed=None, **changes):
