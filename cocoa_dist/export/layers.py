@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from cocoa_dist.distributed import raise_together, rank
-from cocoa_dist.train.zero_weights import cut_up, gathered, whole_shape
+from cocoa_dist.train.zero_weights import cut_up, gathered, give_freed_memory_back, whole_shape
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def share_out(model: PreTrainedModel, weights: LayerWeights, *, dtype: torch.dty
     One layer at a time is in memory whole. Collective: call on all ranks. Raises ValueError on all
     of them if rank 0 cannot read.
     """
+    give_freed_memory_back()
     for layer in layers_of(model):
         with ExitStack() as stack:
             open_layer = partial(_enter_on_rank_0, stack, weights, layer)
@@ -127,6 +128,7 @@ def weights_on_demand(model: PreTrainedModel, weights: LayerWeights) -> Iterator
     A layer gets its weights when it is called and loses them when it returns. Collective where
     `weights` is: every rank runs the same forward passes.
     """
+    give_freed_memory_back()
     with ExitStack() as hooks:
         for layer in layers_of(model):
             before, after = _visit(layer, weights)

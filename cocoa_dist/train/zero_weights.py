@@ -3,6 +3,7 @@
 Needs no optimizer and no gradients. Every function is collective where weights are cut up.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cocoa_dist.train.engine import import_deepspeed
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_MAPPED_FROM = 2**20  # bytes
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -36,6 +40,18 @@ def _on_host(parameter: nn.Parameter) -> Tensor:
     if isinstance(value, DTensor):
         value = value.full_tensor()
     return value.cpu()
+
+
+def give_freed_memory_back() -> None:
+    """Have large blocks of memory mapped by themselves from now on, so that freeing returns them.
+
+    glibc takes blocks up to 32 MB from its heap once it has freed one of that size. Shares of a
+    layer that stay between whole tensors that go then leave holes nothing fits in: 2B in bfloat16,
+    cut in two, took 4 to 5 GB a rank in place of 2.1. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 def cut_up(
