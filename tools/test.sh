@@ -104,41 +104,25 @@ if ((${#failed[@]})); then
     printf '\n%d checks FAILED: %s. The tests follow.\n\n' "${#failed[@]}" "${failed[*]}"
 fi
 
-# Exit code 5, no tests, counts only if all runs say so: a pattern may be of one of them alone.
+# 5, no tests, counts only if all runs say so: the pattern of somebody may be of the other half.
 status=5
-take_code() {
-    if ((status == 5 || (status == 0 && $1 != 5))); then
-        status=$1
+run_tests() {
+    local code=0
+    python -m pytest "$@" || code=$?
+    if ((status == 5 || (status == 0 && code != 5))); then
+        status=$code
     fi
 }
 
-# Those of SLURM mostly wait, so they run beside all others; one process, for they share clusters.
-run_beside_slurm() {
-    local log code=0 slurm_code=0
-    log=$(mktemp)
-    python -m pytest tests/slurm "$@" >"$log" 2>&1 </dev/null &
-    slurm=$!
-    trap 'kill "$slurm" 2>/dev/null || true' EXIT
-    python -m pytest "${side_by_side[@]}" tests --ignore=tests/slurm "$@" || code=$?
-    printf '\nthe tests of SLURM, which ran beside the others\n'
-    wait "$slurm" || slurm_code=$?
-    trap - EXIT
-    cat -- "$log"
-    rm -f -- "$log"
-    take_code "$code"
-    take_code "$slurm_code"
-}
-
-# Files of tests side by side, as many as there are cores.
+# Files of tests side by side, as many as there are cores; then SLURM, whose tests keep time.
 side_by_side=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 if ((fast)); then
-    status=0
-    python -m pytest "${side_by_side[@]}" tests/unit -m "not slow and not gpu" "$@" || status=$?
+    run_tests "${side_by_side[@]}" tests/unit -m "not slow and not gpu" "$@"
 elif [[ $# -gt 0 && -e ${1%%::*} ]]; then # files or folders of choice
-    status=0
-    python -m pytest "$@" || status=$?
+    run_tests "$@"
 else
-    run_beside_slurm "$@"
+    run_tests "${side_by_side[@]}" tests --ignore=tests/slurm "$@"
+    run_tests tests/slurm "$@"
 fi
 if ((status == 0 && ${#failed[@]})); then
     status=1
