@@ -99,19 +99,20 @@ class Server:
 
     def __init__(self, module: str, python: Path, logs: Path) -> None:
         self._log = logs / f"{module}.log"
-        self._process = subprocess.Popen(
-            [str(python), str(ROOT / "tools" / "peers_server.py"), module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("a"),
-            text=True,
-            env={
-                **os.environ,
-                **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
-                **{"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]),
-            },
-        )
+        with self._log.open("a") as errors:
+            self._process = subprocess.Popen(
+                [str(python), str(ROOT / "tools" / "peers_server.py"), module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={
+                    **os.environ,
+                    **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+                    **{"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]),
+                },
+            )
         self._read()
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -127,8 +128,10 @@ class Server:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
