@@ -25,8 +25,9 @@ from cocoa_dist.data.records import Record, text_part
 from cocoa_dist.data.samples import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from small_loaders import BATCH_SIZE, GEOMETRY, TOKENIZER, config, read, record, write
 from test_bad_data import MASKED
-from test_loader import BATCH_SIZE, GEOMETRY, TOKENIZER, config, read, record, summary, write
+from test_loader import summary
 
 NUM_RECORDS = 200
 NUM_KILLS = 50

@@ -255,8 +255,13 @@ def test_a_month_of_heartbeats_is_read_in_seconds(story):
             file.write(json.dumps({**beat, "stage": "a", "epoch": story._epoch}) + "\n")
     before = time.process_time()
     ledger = story.ledger(16 + 15 * 172_800, live=True)
+    spent = time.process_time() - before
     assert ledger.goodput > 0.9
-    assert time.process_time() - before < 5.0
+    before = time.process_time()
+    for line in (story.run_dir / "events.jsonl").read_text().splitlines():
+        json.loads(line)
+    parsed = time.process_time() - before
+    assert spent < 15 * parsed  # 4 on a quiet machine; beside other jobs both grow
 
 
 def test_the_table_has_a_line_for_each_cause(story, capsys):
