@@ -167,18 +167,26 @@ class Exchange:
 
 
 def raise_together(work: Callable[[], T]) -> T:
-    """Return what `work` gives; a ValueError or OSError of any rank is raised on all. Collective.
+    """Return what `work` gives; what any rank raises is raised on all. Collective.
 
-    A rank that left alone would be waited for by the others.
+    A rank that left alone would be waited for by the others. ValueError and OSError, of bad input,
+    become a ValueError that names the rank; any other error is raised as it is where it happened,
+    and as a RuntimeError elsewhere.
     """
-    fault, result = "", None
+    fault: tuple[str, bool] | None = None  # and whether it is of the input
+    own: Exception | None = None
+    result = None
     try:
         result = work()
     except (ValueError, OSError) as error:
-        fault = f"rank {rank()}: {error}"
-    shared = next((text for text in gather_objects(fault) if text), "")
-    if shared:
-        raise ValueError(shared)
+        fault = f"rank {rank()}: {error}", True
+    except Exception as error:
+        own, fault = error, (f"rank {rank()}: {type(error).__name__}: {error}", False)
+    faults = [found for found in gather_objects(fault) if found]
+    if own is not None:
+        raise own
+    for text, of_input in faults:
+        raise ValueError(text) if of_input else RuntimeError(text)
     return cast(T, result)
 
 

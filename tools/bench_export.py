@@ -17,22 +17,22 @@ import argparse
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # works in a checkout that is not installed
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
+sys.path[:0] = [str(TOOLS), str(ROOT)]  # works in a checkout that is not installed
+
+from command_line import work_folder  # noqa: E402
+from ranks_of_a_bench import run_ranks  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "export_cpu"
-AS_RANK = "--as-rank"
 MIB = 2**20
 PATIENCE = 3600  # seconds a rank waits for another one
 WORDS = "an octopus in the sea", "smiling face with three hearts: love, crush"
@@ -70,15 +70,15 @@ class Memory:
         self._began = time.monotonic()
 
 
-def run_rank(options: argparse.Namespace) -> None:
-    """Be one of the ranks; writes its figures into the work folder."""
+def run_rank(job: Mapping[str, Any]) -> None:
+    """Be one of the ranks; writes its figures where the job says."""
     import numpy as np
     import sentence_transformers
     import torch
 
     from cocoa_dist import distributed
     from cocoa_dist.config import load_recipe
-    from cocoa_dist.export import export_folder, layers, selftest, stored, weights
+    from cocoa_dist.export import export_folder, layers, stored, weights
     from cocoa_dist.report import arms
     from cocoa_dist.train.engine import import_deepspeed
     from cocoa_dist.train.evaluate import Item, load_embedder
@@ -91,13 +91,13 @@ def run_rank(options: argparse.Namespace) -> None:
     world = distributed.start(timeout_seconds=PATIENCE)
     memory = Memory()
     memory.mark("imports")
-    recipe = load_recipe(options.recipe, [f"model.path={options.model}", *options.overrides])
+    recipe = load_recipe(job["recipe"], [f"model.path={job['model']}", *job["overrides"]])
     tokenizer = arms.export_tokenizer(recipe.model)
     embedder = load_embedder(recipe, run_dir=None, after_stage="model", weights=False)
     model = embedder.model.backbone
     dtype = getattr(torch, recipe.model.dtype)
     memory.mark("tokenizer")
-    files = stored.stored_tensors(sorted(Path(options.model).glob("*.safetensors")))
+    files = stored.stored_tensors(sorted(Path(job["model"]).glob("*.safetensors")))
     source = stored.FileWeights(files, names=layers.stored_names(model), dtype=dtype)
     source.check(layers.layers_of(model))
     layers.share_out(model, source, dtype=dtype)
@@ -112,7 +112,7 @@ def run_rank(options: argparse.Namespace) -> None:
     with layers.weights_on_demand(model, layers.ModelWeights()):
         vectors = arms.self_test_vectors(embedder, [drawn])
     memory.mark("embedded")
-    destination = Path(options.work) / "export"
+    destination = Path(job["work"]) / "export"
     export_folder(
         model=model,
         tokenizer=tokenizer,
@@ -124,20 +124,11 @@ def run_rank(options: argparse.Namespace) -> None:
         card=_card(recipe.name),
         self_test=vectors,
         max_text_tokens=recipe.data.max_text_tokens,
-        max_file_bytes=options.max_file_bytes,
+        max_file_bytes=job["max_file_bytes"],
         verify=False,  # below, for its memory by itself
     )
     memory.mark("written")
-    check: dict[str, Any] = {}
-    if world.rank == 0:
-        encoder = selftest.load_encoder(destination, layer_by_layer=True)
-        report = selftest.compare(encoder, destination, tolerance=selftest.DEFAULT_TOLERANCE)
-        check = {
-            "passed": report.passed,
-            "cosine": report.min_cosine,
-            "difference": report.max_difference,
-            "entries": len(report.names),
-        }
+    check = _checked(destination) if world.rank == 0 else {}
     distributed.barrier()
     memory.mark("checked")
     parts = layers.layers_of(model)
@@ -151,9 +142,22 @@ def run_rank(options: argparse.Namespace) -> None:
         "layer_bytes": weights.layer_bytes(largest, dtype),
         "layer": largest.name,
     }
-    path = Path(options.work) / f"rank_{world.rank}.json"
-    path.write_text(json.dumps(figures), encoding="utf-8")
+    Path(job["output"]).write_text(json.dumps(figures), encoding="utf-8")
     distributed.stop()
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """Embed the self-test again as a user would; how far the vectors are from the written ones."""
+    from cocoa_dist.export import selftest
+
+    encoder = selftest.load_encoder(folder, layer_by_layer=True)
+    report = selftest.compare(encoder, folder, tolerance=selftest.DEFAULT_TOLERANCE)
+    return {
+        "passed": report.passed,
+        "cosine": report.min_cosine,
+        "difference": report.max_difference,
+        "entries": len(report.names),
+    }
 
 
 def _card(name: str) -> Any:
@@ -180,11 +184,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         where = ["--tokenizer", str(options.tokenizer), "--out", str(options.model)]
         subprocess.run([*tool, *where], check=True)
     began = time.monotonic()
-    _run_ranks(options)
-    ranks = [
-        json.loads((Path(options.work) / f"rank_{number}.json").read_text())
-        for number in range(options.nproc)
-    ]
+    job = {
+        "recipe": options.recipe,
+        "overrides": options.overrides,
+        "model": str(options.model),
+        "work": str(options.work),
+        "max_file_bytes": options.max_file_bytes,
+    }
+    ranks = run_ranks(job, ranks=options.nproc, script=__file__)
     files = sorted((Path(options.work) / "export").glob("*.safetensors"))
     return {
         "command": f"tools/bench_export.py --recipe {options.recipe} --nproc {options.nproc}",
@@ -198,35 +205,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "files": {file.name: file.stat().st_size for file in files},
         "ranks": ranks,
     }
-
-
-def _run_ranks(options: argparse.Namespace) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    command = [sys.executable, __file__, *options.argv, AS_RANK]
-    command += ["--model", str(options.model), "--work", str(options.work)]
-    ranks = []
-    for number in range(options.nproc):
-        environment = {
-            **os.environ,
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": str(options.nproc),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "HF_HUB_OFFLINE": "1",
-        }
-        ranks.append(subprocess.Popen(command, env=environment))
-    try:
-        codes = [rank.wait() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(codes):
-        raise SystemExit(f"the ranks ended with {codes}")
 
 
 def claims(figures: Mapping[str, Any]) -> list[str]:
@@ -302,16 +280,6 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@contextmanager
-def _work_folder(given: Path | None) -> Iterator[Path]:
-    if given is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    given.mkdir(parents=True, exist_ok=True)
-    yield given.resolve()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench; returns the exit code, 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(
@@ -325,15 +293,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="for the folders; default: removed at the end")
     parser.add_argument("--max-file-bytes", type=int, default=2_000_000_000)
     parser.add_argument("--out", type=Path, default=OUT, help="without its suffix")
-    parser.add_argument(AS_RANK, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.as_rank:
-        run_rank(options)
+    if options.worker:
+        run_rank(json.loads(options.worker))
         return 0
     if (options.model is None) == (options.tokenizer is None):
         parser.error("give one of --tokenizer (for a stand-in) and --model")
-    options.argv = list(arguments if arguments is not None else sys.argv[1:])
-    with _work_folder(options.work) as work:
+    with work_folder(options.work) as work:
         options.work = work
         figures = measure(options)
     text = table(figures)

@@ -10,16 +10,15 @@ worth more than either number. The rest of the table says where ZeRO-3's time go
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ranks_of_a_bench import run_ranks
 
 WARM_UP_STEPS = 5
 
@@ -29,9 +28,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", nargs="?", default="quickstart")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
-    parser.add_argument("--stage", required=True)
+    parser.add_argument("--stage", default="contrastive")
     parser.add_argument("--nproc", type=int, default=2, help="processes of the ZeRO-3 arm")
     parser.add_argument("--steps", type=int, default=20, help="counted steps of each run")
     parser.add_argument("--repeats", type=int, default=3)
@@ -39,7 +38,7 @@ def main() -> int:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return worker(arguments)
+        return worker(json.loads(arguments.worker))
     runs: dict[str, list[dict[str, float]]] = {"plain": [], "zero3": []}
     for repeat in range(arguments.repeats):
         for arm, processes in (("plain", 1), ("zero3", arguments.nproc)):
@@ -52,38 +51,21 @@ def main() -> int:
 
 def measure(arm: str, processes: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one arm in fresh processes; figures are sums over its processes."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / f"{rank}.json" for rank in range(processes)]
-        children = []
-        for rank, output in enumerate(outputs):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "BENCH_ARM": arm,
-            }
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(output)]
-            with (Path(folder) / f"{rank}.log").open("w") as log:
-                children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        codes = [child.wait() for child in children]
-        if any(codes):
-            logs = (Path(folder) / "0.log").read_text()
-            raise SystemExit(f"{arm} ended with {codes}:\n{logs[-2000:]}")
-        parts = [json.loads(output.read_text()) for output in outputs]
+    job = {
+        "arm": arm,
+        "recipe": arguments.recipe,
+        "overrides": arguments.overrides,
+        "stage": arguments.stage,
+        "steps": arguments.steps,
+    }
+    parts = run_ranks(job, ranks=processes, script=__file__)
     total: dict[str, float] = {key: sum(part[key] for part in parts) for key in parts[0]}
     total["samples_per_cpu_second"] = total["samples"] / total["cpu_seconds"]
     total["samples_per_second"] = total["samples"] / max(part["seconds"] for part in parts)
     return total
 
 
-def worker(arguments: argparse.Namespace) -> int:
+def worker(job: Mapping[str, Any]) -> int:
     """One process of one arm."""
     import torch
 
@@ -94,18 +76,18 @@ def worker(arguments: argparse.Namespace) -> int:
     from cocoa_dist.train.build import build_parts
     from cocoa_dist.train.session import build_engine, quiet_known_warnings
 
-    overrides = [f"stages.{arguments.stage}.init_from={FROM_MODEL}", *arguments.overrides]
-    config = load_recipe(arguments.recipe, overrides)
+    overrides = [f"stages.{job['stage']}.init_from={FROM_MODEL}", *job["overrides"]]
+    config = load_recipe(job["recipe"], overrides)
     quiet_known_warnings()
     torch.set_num_threads(config.runtime.threads)
     world = distributed.start(timeout_seconds=config.engine.timeout_seconds)
     seed_everything(config.seed)
-    parts = build_parts(config, arguments.stage, run_dir=None)
+    parts = build_parts(config, job["stage"], run_dir=None)
     collectives = Collectives()
-    if os.environ["BENCH_ARM"] == "plain":
-        step = plain_step(config, arguments.stage, parts)
+    if job["arm"] == "plain":
+        step = plain_step(config, job["stage"], parts)
     else:
-        engine = build_engine(config, arguments.stage, parts)
+        engine = build_engine(config, job["stage"], parts)
         collectives.watch()
 
         def step(packs: Any, number: int) -> None:
@@ -114,7 +96,7 @@ def worker(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         loader = StageLoader(
             config,
-            arguments.stage,
+            job["stage"],
             vocabulary=parts.vocabulary,
             geometry=parts.geometry,
             rank=world.rank,
@@ -122,9 +104,9 @@ def worker(arguments: argparse.Namespace) -> int:
             start_step=1,
             folder=Path(folder),
         )
-        figures = run_steps(loader, step, collectives, arguments.steps)
+        figures = run_steps(loader, step, collectives, job["steps"])
         loader.close()
-    Path(arguments.worker).write_text(json.dumps(figures))
+    Path(job["output"]).write_text(json.dumps(figures))
     distributed.stop()
     return 0
 

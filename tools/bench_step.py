@@ -139,19 +139,16 @@ def worker(job: dict[str, Any]) -> int:
 # --- time by part ---------------------------------------------------------------------------------
 
 
-def time_stage(job: Mapping[str, Any], world: Any, folder: Path) -> dict[str, Any]:
-    """Train one stage: plain steps, steps under the stopwatch, and one whose bytes are counted."""
-    import torch
-
+def build_stage(job: Mapping[str, Any], world: Any, folder: Path) -> tuple[Any, Any, Any]:
+    """Return the engine and the loader of a stage, and what its rows cost in FLOPs."""
     from cocoa_dist.config import FROM_MODEL, load_recipe
     from cocoa_dist.data.loader import StageLoader
     from cocoa_dist.runtime import seed_everything
     from cocoa_dist.train.build import build_parts
-    from cocoa_dist.train.resources import StepFlops, peak_flops
+    from cocoa_dist.train.resources import StepFlops
     from cocoa_dist.train.session import build_engine
-    from cocoa_dist.train.traffic import counted_traffic
 
-    is_cuda, stage, steps = job["device"] == "cuda", job["stage"], job["steps"]
+    is_cuda, stage = job["device"] == "cuda", job["stage"]
     overrides = [f"stages.{stage}.init_from={FROM_MODEL}", *job["overrides"]]
     if is_cuda:
         overrides.append(f"model.path={write_2b(folder / 'model')}")
@@ -176,6 +173,18 @@ def time_stage(job: Mapping[str, Any], world: Any, folder: Path) -> dict[str, An
         start_step=1,
         folder=folder,
     )
+    return engine, loader, flops
+
+
+def time_stage(job: Mapping[str, Any], world: Any, folder: Path) -> dict[str, Any]:
+    """Train one stage: plain steps, steps under the stopwatch, and one whose bytes are counted."""
+    import torch
+
+    from cocoa_dist.train.resources import peak_flops
+    from cocoa_dist.train.traffic import counted_traffic
+
+    is_cuda, steps = job["device"] == "cuda", job["steps"]
+    engine, loader, flops = build_stage(job, world, folder)
     wait = torch.cuda.synchronize if is_cuda else lambda: None
     done = 0
 

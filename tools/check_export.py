@@ -15,16 +15,18 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import venv
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-INSIDE = ROOT / "tools" / "check_export_inside.py"
+TOOLS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOOLS))
+
+from command_line import work_folder  # noqa: E402
+
+INSIDE = TOOLS / "check_export_inside.py"
 KINDS: Mapping[str, tuple[str, ...]] = {  # besides torch
     "transformers": ("transformers", "pillow"),
     "sentence-transformers": ("sentence-transformers", "pillow"),
@@ -112,16 +114,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _root(given: Path | None) -> Iterator[Path]:
-    if given is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    given.mkdir(parents=True, exist_ok=True)
-    yield given.resolve()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print the table, return the exit code."""
     parser = argparse.ArgumentParser(
@@ -137,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.folder / "selftest.json").is_file():
         print(f"error: {options.folder} has no selftest.json: no exported model", file=sys.stderr)
         return EXIT_NO_PIP
-    with _root(options.environments) as root:
+    with work_folder(options.environments) as root:
         try:
             results = check(
                 options.folder, options.only, root, wanted=options.wanted, torch=options.torch

@@ -1,7 +1,10 @@
-"""What the tools that build data sets have in common: their exit codes, and their progress bar."""
+"""What the tools have in common: their exit codes, their progress bar, their work folders."""
 
 import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,3 +37,14 @@ def progress_with_note(console: Console) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """Give the folder that was asked for, made and kept; without one, one that goes at the end."""
+    if given is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    given.mkdir(parents=True, exist_ok=True)
+    yield given.resolve()

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def run_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "8" if is_cuda else "1",
+                "HF_HUB_OFFLINE": "1",
                 "PYTHONPATH": str(checkout),
                 "BENCH_CHECKOUT": str(checkout),
                 **({} if is_cuda else {"DS_ACCELERATOR": "cpu"}),
@@ -45,8 +47,21 @@ def run_ranks(
             command = [sys.executable, script, "--worker", text]
             with (Path(folder) / f"{rank}.log").open("w") as log:
                 children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        codes = [child.wait() for child in children]
+        codes = _wait(children)
         if any(codes):
             logs = "\n".join((Path(folder) / f"{r}.log").read_text()[-2000:] for r in range(ranks))
             raise SystemExit(f"{dict(job)} ended with {codes}:\n{logs}")
         return [json.loads(output.read_text()) for output in outputs]
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Return the exit codes; once one fails, the others, who would wait for it, are killed."""
+    try:
+        while any(child.poll() is None for child in children):
+            if any(child.poll() for child in children):
+                break
+            time.sleep(0.2)
+    finally:
+        for child in children:
+            child.kill()
+    return [child.wait() for child in children]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cocoa_dist import distributed
 from cocoa_dist import manifest as manifests
 from cocoa_dist.distributed import raise_together
 from cocoa_dist.manifest import FileEntry, Manifest
@@ -220,3 +221,21 @@ def test_what_one_rank_cannot_read_is_raised_by_rank_and_name() -> None:
     assert raise_together(lambda: 3) == 3
     with pytest.raises(ValueError, match=r"rank 0: .*Input/output error: 'shards/rank_00000"):
         raise_together(unreadable)
+
+
+def test_any_error_of_one_rank_ends_all(monkeypatch) -> None:
+    """Rank 1 lacks a package; rank 0 and 2, who would wait for it for ever, stop too."""
+    own = ImportError("no module named 'onnx'")
+
+    def failing() -> None:
+        raise own
+
+    gathered: list[object] = []
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "gather_objects", lambda fault: gathered.append(fault) or [])
+    with pytest.raises(ImportError) as raised:
+        raise_together(failing)
+    assert raised.value is own
+    monkeypatch.setattr(distributed, "gather_objects", lambda fault: [fault, *gathered, None])
+    with pytest.raises(RuntimeError, match=r"^rank 1: ImportError: no module named 'onnx'$"):
+        raise_together(lambda: 3)
