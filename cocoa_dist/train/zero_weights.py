@@ -6,8 +6,10 @@ Needs no optimizer and no gradients. Every function is collective where weights 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -28,18 +30,40 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
 
     Collective where they are cut up: call on all ranks, for the same ones.
     """
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield [_on_host(parameter) for parameter in parameters]
+    if any(_is_elsewhere(parameter) for parameter in parameters):
+        with import_deepspeed().zero.GatheredParameters(list(parameters)):
+            yield [parameter.detach().cpu() for parameter in parameters]
         return
-    with import_deepspeed().zero.GatheredParameters(list(parameters)):
-        yield [_on_host(parameter) for parameter in parameters]
+    yield [_whole(parameter).cpu() for parameter in parameters]
 
 
-def _on_host(parameter: nn.Parameter) -> Tensor:
+def _is_elsewhere(parameter: Any) -> bool:
+    """Whether this rank's share is on a disk, which DeepSpeed alone reads."""
+    return hasattr(parameter, "ds_id") and parameter.ds_tensor.status.name != "AVAILABLE"
+
+
+@torch.no_grad()
+def _whole(parameter: Any) -> Tensor:
+    if hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE":
+        return _joined(parameter)
     value: Tensor = parameter.detach()
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.cpu()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _joined(parameter: Any) -> Tensor:
+    """Put the shares of all ranks together, in one copy: DeepSpeed's way has two on a CPU."""
+    share: Tensor = parameter.ds_tensor.detach()
+    group = parameter.ds_process_group
+    ranks = dist.get_world_size(group)
+    parts = share.new_empty((ranks, share.numel()))
+    if share.is_cuda:
+        dist.all_gather_into_tensor(parts, share, group=group)
+    else:  # gloo gathers into a copy; what it broadcasts stays where it is
+        parts[dist.get_rank(group)].copy_(share)
+        for number, part in enumerate(parts):
+            dist.broadcast(part, src=dist.get_global_rank(group, number), group=group)
+    whole: Tensor = parts.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+    return whole
 
 
 def give_freed_memory_back() -> None:
