@@ -13,7 +13,6 @@ import pytest
 for _name, _value in {
     "OMP_NUM_THREADS": "1",  # tests start several processes on few cores
     "TOKENIZERS_PARALLELISM": "false",  # no warning, and no threads before a fork
-    "TORCH_DISTRIBUTED_DEBUG": "DETAIL",  # mismatched collectives raise where they would hang
     "HF_HUB_OFFLINE": "1",  # a test that wants a download fails at once
     "MPLBACKEND": "Agg",
     "COCOA_STRICT_METRICS": "1",  # a metric that is not in the registry raises

@@ -62,9 +62,6 @@ class Incarnation:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-                # As users run it. With DETAIL every collective is two, and half of the time is the
-                # kernel's; that no rank calls another one than the others is shown by `launch`.
-                "TORCH_DISTRIBUTED_DEBUG": "OFF",
                 "COCOA_EPOCH": epoch,
             }
             self.ranks.append(Rank(TRAINER, arguments, environment=environment, log=self.log))

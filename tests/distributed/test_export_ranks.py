@@ -31,7 +31,9 @@ def exported(tmp_path_factory):
         job("fsdp2", "fsdp2"),
         *(job(name, "deepspeed") for name in FULL),
     ]
-    return folder, launch(jobs, world_size=2, folder=folder, worker=WORKER)
+    return folder, launch(
+        jobs, world_size=2, folder=folder, worker=WORKER, compare_collectives=True
+    )
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:

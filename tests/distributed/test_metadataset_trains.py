@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_resume import LIMIT, environment, history, wait_for_step
+from test_resume import LIMIT, history, wait_for_step
 
 from cocoa_dist.metrics import read_json_lines
 
@@ -31,7 +31,6 @@ def start(run_dir: Path, blend: Path, *more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
     )
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_resume import LIMIT, environment, history, ranks_of, wait_for_step
+from test_resume import LIMIT, history, ranks_of, wait_for_step
 
 from cocoa_dist.manifest import newest
 
@@ -25,7 +25,6 @@ def start(recipe: str, run_dir: Path) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
     )
 
 

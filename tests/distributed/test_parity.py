@@ -45,7 +45,8 @@ def runs(tmp_path_factory):
 
     def of(name: str, *, world_size: int, tokens_per_pack: int):
         jobs = [job(stage, tokens_per_pack=tokens_per_pack, steps=3) for stage in STAGES]
-        return launch(jobs, world_size=world_size, folder=root / name)
+        folder = root / name
+        return launch(jobs, world_size=world_size, folder=folder, compare_collectives=True)
 
     return {
         "many_packs": of("many_packs", world_size=1, tokens_per_pack=160),

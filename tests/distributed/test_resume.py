@@ -26,18 +26,12 @@ def command(run_dir: Path) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    """As users have it: with DETAIL every collective is two, half of the time is the kernel's."""
-    return {**os.environ, "TORCH_DISTRIBUTED_DEBUG": "OFF"}
-
-
 def start(run_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(run_dir),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
     )
 
 
@@ -48,7 +42,6 @@ def finish(run_dir: Path, *more: str) -> str:
         text=True,
         timeout=LIMIT,
         check=False,
-        env=environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
