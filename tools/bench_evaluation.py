@@ -33,7 +33,8 @@ import torch  # noqa: E402
 
 from cocoa_dist.config import RunConfig, load_recipe  # noqa: E402
 from cocoa_dist.data.records import Record  # noqa: E402
-from cocoa_dist.evaluation.embed import Encoder, Job, batches  # noqa: E402
+from cocoa_dist.evaluation.embed import batches  # noqa: E402
+from cocoa_dist.evaluation.encoder import Encoder, Job  # noqa: E402
 from cocoa_dist.export import CardInfo, ImageSettings, export_folder  # noqa: E402
 from cocoa_dist.manifest import write_atomic  # noqa: E402
 from cocoa_dist.report.arms import export_tokenizer, self_test_vectors  # noqa: E402

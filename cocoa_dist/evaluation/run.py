@@ -12,7 +12,8 @@ from typing import Any
 
 from cocoa_dist.data.images import image_size
 from cocoa_dist.evaluation.cache import VectorCache, item_key, model_digest
-from cocoa_dist.evaluation.embed import Batch, EmbedSettings, Job, batches, embed, vectors_each
+from cocoa_dist.evaluation.embed import Batch, EmbedSettings, batches, embed
+from cocoa_dist.evaluation.encoder import Job, vectors_each
 from cocoa_dist.evaluation.rows import (
     EvalSet,
     Item,

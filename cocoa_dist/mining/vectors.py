@@ -12,7 +12,7 @@ from PIL import Image
 
 from cocoa_dist.data.images import decode_image
 from cocoa_dist.data.records import Record, Side, side_hash, side_texts
-from cocoa_dist.evaluation.embed import MAX_PIXELS
+from cocoa_dist.evaluation.encoder import MAX_PIXELS
 from cocoa_dist.export.selftest import load_encoder, refuse_several_vectors
 from cocoa_dist.manifest import sha256_file
 

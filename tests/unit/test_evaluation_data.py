@@ -19,7 +19,8 @@ from tiny_exports import MAX_TEXT_TOKENS, collapse, tiny_export
 
 from cocoa_dist.evaluation import embed as embed_module
 from cocoa_dist.evaluation import read_vectors
-from cocoa_dist.evaluation.embed import EmbedSettings, Encoder, Job, batches
+from cocoa_dist.evaluation.embed import EmbedSettings, batches
+from cocoa_dist.evaluation.encoder import Encoder, Job
 from cocoa_dist.evaluation.rows import RowRules, find_sets, plain_text, read_set
 from cocoa_dist.evaluation.run import Evaluation, evaluate
 from cocoa_dist.evaluation.scores import score_set
@@ -351,6 +352,27 @@ def test_a_text_whose_pooled_token_would_be_cut_is_refused(data, copied):
     long = Job(b"", " ".join(WORDS * 20), None, "set 'S' row 1 candidate 2")
     with pytest.raises(ValueError, match=r"set 'S' row 1 candidate 2: .* it was cut"):
         encoder.encode([long])
+
+
+def test_batches_are_prepared_ahead_and_a_bad_one_costs_those_before_it_nothing(copied, tmp_path):
+    encoder, prepared = Encoder(copied, device="cpu"), []
+    prepare = encoder.prepare
+    encoder.prepare = lambda jobs: prepared.append(len(prepared)) or prepare(jobs)
+    texts = [[Job(b"", f"{word} {number}", None, "here")] for number, word in enumerate(WORDS[:4])]
+    picture = tmp_path / "torn.png"
+    picture.write_bytes(b"no picture")
+    bad = [Job(b"", "", picture, "set 'S' row 4")]
+    coming = encoder.encode_all([*texts, bad, *texts])
+    made = [next(coming).vectors_ND for _ in texts]
+    with pytest.raises(ValueError, match=r"^set 'S' row 4: .*torn\.png cannot be read"):
+        next(coming)
+    assert all(np.array_equal(*pair) for pair in zip(made, alone(copied, texts), strict=True))
+    assert len(prepared) < 9  # what came after it was left
+
+
+def alone(folder: Path, batches: list[list[Job]]) -> list[np.ndarray]:
+    encoder = Encoder(folder, device="cpu")
+    return [encoder.encode(jobs).vectors_ND for jobs in batches]
 
 
 def test_all_tokens_that_a_model_pools_must_be_there(tmp_path):
