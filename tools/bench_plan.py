@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--tokens-per-pack", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=30, help="steps that are planned")
     parser.add_argument("--first-batch-records", type=int, default=10_000_000)
+    parser.add_argument("--repeats", type=int, default=3, help="first batches, lengths on disk")
     parser.add_argument("--folder", type=Path, help="where the index goes (default: temporary)")
     parser.add_argument("--out", type=Path, default=OUT / "plan_cpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -96,7 +97,7 @@ def first_batches(arguments: argparse.Namespace) -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         make_readable_data_set(Path(folder) / "data", count=arguments.first_batch_records)
-        new, *again = (in_process(Path(folder), "--reader") for _ in range(4))
+        new, *again = (in_process(Path(folder), "--reader") for _ in range(1 + arguments.repeats))
     return {
         "first_batch_new_seconds": new["first_batch_seconds"],
         "first_batch_new_cpu_seconds": new["first_batch_cpu_seconds"],

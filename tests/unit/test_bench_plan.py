@@ -13,7 +13,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "bench_plan.py"
 @pytest.mark.slow
 def test_planning_is_measured_on_an_index_without_records(tmp_path: Path) -> None:
     command = [sys.executable, TOOL, "--records", "70_000", "--ranks", "8", "--batch-size", "192"]
-    command += ["--first-batch-records", "20_000"]
+    command += ["--first-batch-records", "20_000", "--repeats", "1"]
     options = ["--steps", "3", "--folder", tmp_path, "--out", tmp_path / "plan"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
