@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -65,6 +66,21 @@ def resident(key: str) -> int:
     """Return a line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def available() -> int:
+    """Return how many bytes can be taken without pushing others out, less a tenth."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return free * 1024 * 9 // 10
+
+
+def limit_memory(more: int) -> None:
+    """Have this process fail, and say so, where it wants more: the kernel would kill, anyone."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = resident("VmData") + more
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def serve(module: str) -> int:
@@ -136,6 +152,7 @@ def become(
         os.environ.update({k: str(v) for k, v in world.items()}, MASTER_ADDR="127.0.0.1")
     watch = Stopwatch(job)
     code = 0
+    limit_memory(available() // job["nproc"])
     try:
         ARMS[module](job, watch)
         told: dict[str, Any] = watch.figures

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -188,3 +189,16 @@ def test_our_arms_run_in_forked_processes(bench: ModuleType, tmp_path: Path) -> 
         assert turns[0]["pairs"] == 16
         assert turns[0]["cpu_seconds"] > 0
         assert turns[0]["grown"] > 0
+
+
+@pytest.mark.slow
+def test_a_turn_without_memory_says_so_and_pushes_nobody_out() -> None:
+    """64 MiB of 256 are there, 1 GiB is not."""
+    code = (
+        "import torch, peers_server; peers_server.limit_memory(2**28); torch.ones(2**24); "
+        "print('fits', flush=True); torch.ones(2**28)"
+    )
+    command, folder = [sys.executable, "-c", code], ROOT / "tools"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.stdout == "fits\n"
+    assert "can't allocate memory" in done.stderr
