@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between two saves")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.worker:
         return worker(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--records", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.md and PATH.json")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         found = bench(options, Path(folder))
     print(page(found))

@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-file-bytes", type=int, default=2_000_000_000)
     parser.add_argument("--out", type=Path, default=OUT, help="without its suffix")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.worker:
         run_rank(json.loads(options.worker))
         return 0

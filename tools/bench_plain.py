@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.worker:
         return worker(json.loads(arguments.worker))
     runs: dict[str, list[dict[str, float]]] = {"plain": [], "zero3": []}

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measured as `before`")
     parser.add_argument("--out", type=Path, default=OUT, metavar="PATH", help="without a suffix")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     arms = {"before": options.against.resolve()} if options.against else {}
     with tempfile.TemporaryDirectory(prefix="restart-") as folder:
         samples = measure(Path(folder), options, {**arms, "now": ROOT})

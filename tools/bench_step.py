@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="another checkout, measured by turns")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.worker:
         return worker(json.loads(arguments.worker))
     if arguments.check or arguments.update:

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work there, and leave it")
     parser.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     stages = list(load_recipe(options.recipe, options.overrides).stages)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)

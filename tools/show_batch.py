@@ -99,7 +99,7 @@ class Shown:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the batch, or a rule; returns the exit code (2 for bad input)."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed searches one, and says so
     try:
         _check_arguments(arguments)
