@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,15 +356,24 @@ def test_a_text_whose_pooled_token_would_be_cut_is_refused(data, copied):
 
 
 def test_batches_are_prepared_ahead_and_a_bad_one_costs_those_before_it_nothing(copied, tmp_path):
-    encoder, prepared = Encoder(copied, device="cpu"), []
+    encoder, prepared, ahead = Encoder(copied, device="cpu"), [], threading.Event()
     prepare = encoder.prepare
-    encoder.prepare = lambda jobs: prepared.append(len(prepared)) or prepare(jobs)
+
+    def counted(jobs):
+        prepared.append(jobs)
+        if len(prepared) == 3:
+            ahead.set()
+        return prepare(jobs)
+
+    encoder.prepare = counted
     texts = [[Job(b"", f"{word} {number}", None, "here")] for number, word in enumerate(WORDS[:4])]
     picture = tmp_path / "torn.png"
     picture.write_bytes(b"no picture")
     bad = [Job(b"", "", picture, "set 'S' row 4")]
     coming = encoder.encode_all([*texts, bad, *texts])
-    made = [next(coming).vectors_ND for _ in texts]
+    made = [next(coming).vectors_ND]
+    assert ahead.wait(60)  # nobody has asked for the second and the third yet
+    made += [next(coming).vectors_ND for _ in texts[1:]]
     with pytest.raises(ValueError, match=r"^set 'S' row 4: .*torn\.png cannot be read"):
         next(coming)
     assert all(np.array_equal(*pair) for pair in zip(made, alone(copied, texts), strict=True))
